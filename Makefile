@@ -1,0 +1,50 @@
+# Everything that people do with this project; CI runs the same targets.
+PYTHON ?= python3
+BIN := .venv/bin
+PORT ?= 8000
+MODEL ?= models/needle
+
+# Without bytecode files every start of vLLM compiles them anew.
+unexport PYTHONDONTWRITEBYTECODE
+# The models here are local folders: no look-ups on the network.
+export HF_HUB_OFFLINE ?= 1
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+
+.PHONY: help setup demo serve test test-all lint format type clean needle
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup:  ## Make .venv with vLLM for CPUs, this project and its tools
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup  ## Serve the needle model, ask it for a pass key, show the KV memory, stop
+	@$(BIN)/python tools/demo.py
+
+serve: setup  ## Serve MODEL (default: the needle model) on PORT until Ctrl-C
+	$(BIN)/vllm serve $(MODEL) --attention-backend duo --dtype float32 --port $(PORT)
+
+test: setup  ## The whole suite but its slow cases
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup  ## The whole suite with the slow cases
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## Let ruff format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: setup  ## Types alone
+	$(BIN)/mypy
+
+needle: setup  ## Train models/needle again (under 20 minutes on one core)
+	$(BIN)/python -m models.train_needle --out models/needle
+
+clean:  ## Remove the environment and all caches
+	rm -rf .venv .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,94 @@
+"""What the backend and its layers refuse, apart from what the front end already has."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm.v1.attention.backend import AttentionType, subclass_attention_backend
+
+from vllm_duo.attention import impl
+from vllm_duo.attention.backend import DuoAttentionBackend
+from vllm_duo.attention.metadata import DuoMetadataBuilder
+from vllm_duo.config import DuoConfig, resolve
+from vllm_duo.heads import HeadPattern
+from vllm_duo.server_plan import ServerPlan
+
+
+class Config(SimpleNamespace):
+    """Stands for a VllmConfig, of which a layer's constructor needs no more than its identity."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.fixture
+def config(monkeypatch):
+    pattern = HeadPattern(np.array([[0.0, 1.0], [1.0, 0.0]]))
+    plan = ServerPlan(pattern, resolve(DuoConfig(), pattern))
+    config = Config()
+    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(impl, "resolve_plan", lambda _: plan)
+    return config
+
+
+def make_layer(num_kv_heads=2, **arguments):
+    return impl.DuoAttentionImpl(4, 32, 1.0, num_kv_heads, **arguments)
+
+
+def test_vllms_wrapped_layers_are_refused():
+    """Such wrappers make layers non-causal or chunked, which the operators would not notice."""
+    with pytest.raises(NotImplementedError, match="wraps as PrefixDuoAttentionBackend"):
+        subclass_attention_backend("Prefix", DuoAttentionBackend, DuoMetadataBuilder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi slopes"),
+        ({"sliding_window": 32}, "a sliding window"),
+        ({"logits_soft_cap": 30.0}, "soft-capped logits"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "attention type"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "another layer's KV cache"),
+        ({"kv_cache_dtype": "fp8"}, "a fp8 KV cache"),
+        ({"sinks": object()}, "the argument sinks"),
+    ],
+)
+def test_layer_features_are_refused_before_weights_load(config, arguments, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        make_layer(**arguments)
+
+
+def test_layer_with_other_kv_heads_is_refused_before_weights_load(config):
+    with pytest.raises(ValueError, match="a layer has 1 KV heads, the head pattern 2"):
+        make_layer(num_kv_heads=1)
+
+
+def test_plan_is_forgotten_with_its_config(config, monkeypatch):
+    """A process that makes one engine after another must get the first one's memory back."""
+    configs = [Config()]
+    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: configs[0])
+    layer, watch, key = make_layer(), weakref.ref(configs[0]), id(configs[0])
+    assert key in impl._plans
+    del layer
+    configs.clear()
+    gc.collect()
+    assert watch() is None
+    assert key not in impl._plans
+
+
+def test_pattern_without_the_layer_is_named():
+    pattern = HeadPattern.uniform(2, 2)
+    plan = ServerPlan(pattern, resolve(DuoConfig(), pattern))
+    with pytest.raises(ValueError, match="has 2 layers, the model has a layer 2"):
+        plan.retrieval_mask(2)
+
+
+def test_sizes_beyond_the_longest_request_cost_nothing():
+    pattern = HeadPattern(np.array([[0.0, 1.0]]))
+    plan = ServerPlan(pattern, resolve(DuoConfig(sink_size=2**29, recent_size=2**29), pattern))
+    layout = plan.layout(head_size=32, dtype_bytes=4, block_size=16, max_model_len=256)
+    assert (layout.span.sink_size, layout.span.recent_size) == (256, 256)
+    assert layout.span.max_blocks <= 32

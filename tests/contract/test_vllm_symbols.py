@@ -1,0 +1,326 @@
+"""Every vLLM symbol that the package leans on: a new vLLM release fails here first, and by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vllm_duo.attention.backend import DuoAttentionBackend
+from vllm_duo.attention.impl import DuoAttentionImpl
+from vllm_duo.attention.metadata import DuoMetadataBuilder
+from vllm_duo.attention.streaming_cache import StreamingCache
+from vllm_duo.compat.kv_cache_groups import module_name
+from vllm_duo.kv_cache.manager import RingManager
+from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
+from vllm_duo.metrics import DuoStatLogger
+
+Check = Callable[[Any], str | None]
+
+
+def takes(*names: str) -> Check:
+    """The callable has these parameters."""
+
+    def check(symbol: Any) -> str | None:
+        lost = [name for name in names if name not in inspect.signature(symbol).parameters]
+        return f"lost the parameters {lost}" if lost else None
+
+    return check
+
+
+def members(*names: str) -> Check:
+    """The class has these fields, properties, methods or enum members."""
+
+    def check(symbol: Any) -> str | None:
+        fields = {name for c in symbol.__mro__ for name in vars(c).get("__annotations__", ())}
+        lost = [name for name in names if name not in fields and not hasattr(symbol, name)]
+        return f"lost the members {lost}" if lost else None
+
+    return check
+
+
+def sets(*names: str, by: str = "__init__") -> Check:
+    """The class's constructor sets these attributes."""
+
+    def check(symbol: Any) -> str | None:
+        source = inspect.getsource(getattr(symbol, by))
+        lost = [name for name in names if f"self.{name}" not in source]
+        return f"no longer sets {lost}" if lost else None
+
+    return check
+
+
+def is_(value: Any) -> Check:
+    return lambda symbol: None if symbol == value else f"is {symbol!r} instead of {value!r}"
+
+
+def names(*globals_: str) -> Check:
+    """The function looks these names up, so that replacing them in its module takes effect."""
+
+    def check(symbol: Any) -> str | None:
+        lost = [name for name in globals_ if name not in inspect.getsource(symbol)]
+        return f"no longer uses {lost}" if lost else None
+
+    return check
+
+
+VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+REGISTRY = "vllm.v1.attention.backends.registry"
+BACKEND = "vllm.v1.attention.backend"
+INTERFACE = "vllm.v1.kv_cache_interface"
+UTILS = "vllm.v1.core.kv_cache_utils"
+GROUPING = module_name()
+# Who calls the function that we replace.
+GROUPS_CALLER = (
+    "get_kv_cache_configs"
+    if GROUPING == UTILS
+    else "DefaultKVCacheConfigBuilder.get_kv_cache_groups"
+)
+MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
+RUNNER = "vllm.v1.worker.gpu_model_runner"
+
+# By our file: symbol (module:attribute) and check; None asks only that it exists.
+SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
+    "plugin.py": [
+        ("vllm:__version__", None),
+        ("vllm.plugins:DEFAULT_PLUGINS_GROUP", is_("vllm.general_plugins")),
+        (f"{REGISTRY}:AttentionBackendEnum", members("CUSTOM", "_member_map_")),
+        (f"{REGISTRY}:register_backend", takes("backend", "class_path")),
+    ],
+    "server_plan.py": [
+        (f"{REGISTRY}:AttentionBackendEnum.get_path", None),
+        (f"{REGISTRY}:AttentionBackendEnum.is_overridden", None),
+        (
+            "vllm.config:VllmConfig",
+            members("attention_config", "additional_config", "model_config"),
+        ),
+        ("vllm.config:AttentionConfig", members("backend", "backend_per_kind")),
+        ("vllm.config:ModelConfig", members("model", "dtype")),
+        ("vllm.config:ModelConfig.get_total_num_hidden_layers", None),
+        ("vllm.config:ModelConfig.get_total_num_kv_heads", None),
+    ],
+    "support.py": [
+        ("vllm.platforms.interface:Platform", members("is_cpu", "device_name")),
+        ("vllm.config:ModelConfig", sets("runner_type", by="__post_init__")),
+        (
+            "vllm.config:ModelConfig",
+            members("hf_text_config", "hf_config", "use_mla", "is_encoder_decoder"),
+        ),
+        (
+            "vllm.config:ModelConfig",
+            members("is_hybrid", "is_attention_free", "is_multimodal_model"),
+        ),
+        ("vllm.config:ModelConfig.get_sliding_window", None),
+        ("vllm.config:ModelConfig.get_head_size", None),
+        ("vllm.config:ParallelConfig", members("tensor_parallel_size", "pipeline_parallel_size")),
+        ("vllm.config:ParallelConfig", members("data_parallel_size")),
+        (
+            "vllm.config:ParallelConfig",
+            members("decode_context_parallel_size", "prefill_context_parallel_size"),
+        ),
+        ("vllm.config:CacheConfig", members("cache_dtype", "kv_sharing_fast_prefill")),
+        ("vllm.config:CacheConfig", members("kv_offloading_size")),
+        ("vllm.config:AttentionConfig", members("use_non_causal")),
+        ("vllm.config:ModelConfig", members("uses_alibi", "has_noops", "rswa_window")),
+        ("vllm.config:ModelConfig", members("is_diffusion")),
+        ("vllm.config:VllmConfig", members("use_v2_model_runner")),
+        ("vllm.config:VllmConfig", members("speculative_config", "kv_transfer_config")),
+        ("vllm.config:VllmConfig", members("parallel_config", "scheduler_config")),
+        ("vllm.config:VllmConfig", members("kv_events_config", "cache_config")),
+        ("vllm.config:KVEventsConfig", members("enable_kv_cache_events")),
+        ("vllm.config:SchedulerConfig", members("disable_hybrid_kv_cache_manager")),
+    ],
+    "compat/cpu_platform.py": [
+        ("vllm.platforms:current_platform", None),
+        ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", takes("vllm_config")),
+        ("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", takes("selected_backend")),
+        ("vllm.config:CacheConfig", members("enable_prefix_caching")),
+    ],
+    "compat/kv_cache_groups.py": [
+        (f"{GROUPING}:get_kv_cache_groups", takes("vllm_config", "kv_cache_spec")),
+        (f"{GROUPING}:{GROUPS_CALLER}", names("get_kv_cache_groups(")),
+        (f"{INTERFACE}:KVCacheGroupSpec", takes("layer_names", "kv_cache_spec")),
+        (f"{INTERFACE}:UniformTypeKVCacheSpecs.from_specs", takes("kv_cache_specs")),
+    ],
+    "compat/scheduler_stats.py": [
+        ("vllm.v1.core.sched.scheduler:Scheduler.make_stats", None),
+        ("vllm.v1.core.sched.scheduler:Scheduler", sets("kv_cache_manager")),
+        ("vllm.v1.metrics.stats:SchedulerStats", members("num_kv_fetch_reqs_by_stage")),
+        ("vllm.v1.core.kv_cache_manager:KVCacheManager", sets("coordinator", "kv_cache_config")),
+        ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", sets("single_type_managers")),
+        (
+            f"{INTERFACE}:KVCacheConfig",
+            members("num_blocks", "kv_cache_tensors", "kv_cache_groups"),
+        ),
+        (f"{INTERFACE}:KVCacheTensor", members("size")),
+    ],
+    "compat/stat_loggers.py": [
+        (
+            "vllm.v1.metrics.loggers:StatLoggerManager",
+            takes("vllm_config", "engine_idxs", "custom_stat_loggers"),
+        ),
+    ],
+    "compat/slot_mapping.py": [
+        (f"{RUNNER}:GPUModelRunner.may_reinitialize_input_batch", takes("kv_cache_config")),
+        (f"{INTERFACE}:iter_layer_specs", takes("kv_cache_spec")),
+        ("vllm.v1.worker.block_table:SlotMappingMode", members("NONE")),
+        ("vllm.v1.worker.block_table:BlockTable", sets("slot_mapping_mode")),
+        (
+            "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
+            names("self.slot_mapping_mode"),
+        ),
+        ("vllm.v1.worker.block_table:MultiGroupBlockTable", sets("block_tables")),
+        ("vllm.v1.worker.gpu_input_batch:InputBatch", sets("block_table")),
+    ],
+    "kv_cache/spec.py": [
+        (f"{INTERFACE}:FullAttentionSpec", None),
+        (
+            f"{INTERFACE}:AttentionSpec",
+            members("block_size", "num_kv_heads", "head_size", "dtype", "dcp_sharded"),
+        ),
+        (f"{INTERFACE}:AttentionSpec", members("page_size_bytes")),
+        (
+            f"{INTERFACE}:KVCacheSpec",
+            members("block_table_token_alignment", "uses_slot_mapping", "prefix_cacheable"),
+        ),
+    ],
+    "compat/spec_registry.py": [
+        (f"{MANAGERS}:FullAttentionManager", None),
+        (f"{MANAGERS}:register_all_kvcache_specs", takes("vllm_config")),
+        (
+            "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
+            takes("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
+        ),
+    ],
+    "kv_cache/manager.py": [
+        (
+            f"{MANAGERS}:SingleTypeKVCacheManager",
+            sets("req_to_blocks", "num_cached_block", "block_pool"),
+        ),
+        (
+            f"{MANAGERS}:get_manager_for_kv_cache_spec",
+            names("manager_class(kv_cache_spec, **kwargs)"),
+        ),
+    ],
+    "kv_cache/allocator.py": [
+        ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", takes("num_blocks")),
+        ("vllm.v1.core.block_pool:BlockPool.free_blocks", takes("ordered_blocks")),
+        (f"{UTILS}:KVCacheBlock", members("block_id", "ref_cnt", "is_null")),
+    ],
+    "attention/backend.py": [
+        ("vllm.v1.kv_cache_layout:KVCacheLayout", members("BLHNC")),
+        (
+            f"{BACKEND}:AttentionBackend",
+            members("supported_dtypes", "supported_kv_cache_dtypes"),
+        ),
+        (f"{BACKEND}:AttentionBackend", members("forward_includes_kv_cache_update")),
+    ],
+    "attention/impl.py": [
+        ("vllm.config:get_current_vllm_config", None),
+        ("vllm.forward_context:get_forward_context", None),
+        ("vllm.forward_context:ForwardContext", members("attn_metadata")),
+        ("vllm.model_executor.models.utils:extract_layer_index", takes("layer_name")),
+        ("vllm.utils.torch_utils:get_dtype_size", None),
+        (f"{BACKEND}:AttentionType", members("DECODER")),
+        ("vllm.config:CompilationConfig", members("static_forward_context")),
+        ("vllm.config:DeviceConfig", members("device_type")),
+        ("vllm.config:CacheConfig", members("block_size")),
+        (
+            "vllm.model_executor.layers.attention:Attention",
+            sets("impl", "head_size", "kv_cache_torch_dtype"),
+        ),
+        ("vllm.model_executor.layers.attention:Attention.get_kv_cache_spec", takes("vllm_config")),
+    ],
+    "attention/metadata.py": [
+        (f"{BACKEND}:AttentionMetadata", None),
+        (
+            f"{BACKEND}:CommonAttentionMetadata",
+            members("query_start_loc", "query_start_loc_cpu", "seq_lens", "block_table_tensor"),
+        ),
+        (
+            f"{BACKEND}:AttentionMetadataBuilder",
+            members("reorder_batch_threshold", "_init_reorder_batch_threshold"),
+        ),
+    ],
+    "metrics.py": [
+        ("vllm.plugins:STAT_LOGGER_PLUGINS_GROUP", is_("vllm.stat_logger_plugins")),
+    ],
+}
+
+LINES = [(file, *line) for file, lines in SYMBOLS.items() for line in lines]
+IDS = [f"{file}-{symbol}" for file, symbol, _ in LINES]
+
+
+def find(symbol: str) -> Any:
+    """The symbol as vLLM has it, also where this process has patched it already."""
+    module, _, path = symbol.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    if getattr(found, "__module__", "").startswith("vllm_duo.compat"):
+        kept = inspect.getclosurevars(inspect.unwrap(getattr(found, "__func__", found))).nonlocals
+        return kept.get("original") or kept[path.split(".")[-1]]
+    return found
+
+
+@pytest.mark.parametrize(("file", "symbol", "check"), LINES, ids=IDS)
+def test_symbol(file, symbol, check):
+    try:
+        found = find(symbol)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"{symbol} is gone, vllm_duo/{file} uses it: {error}")
+    problem = check(found) if check else None
+    assert problem is None, f"{symbol} {problem}, vllm_duo/{file} relies on it"
+
+
+# Classes that vLLM calls: its base class must be all there, and call us as we expect to be called.
+OVERRIDES = [
+    ("kv_cache/manager.py", f"{MANAGERS}:SingleTypeKVCacheManager", RingManager),
+    ("kv_cache/spec.py", f"{INTERFACE}:FullAttentionSpec", RetrievalSpec),
+    ("kv_cache/spec.py", f"{INTERFACE}:AttentionSpec", StreamingSpec),
+    ("attention/backend.py", f"{BACKEND}:AttentionBackend", DuoAttentionBackend),
+    ("attention/impl.py", f"{BACKEND}:AttentionImpl", DuoAttentionImpl),
+    ("attention/metadata.py", f"{BACKEND}:AttentionMetadataBuilder", DuoMetadataBuilder),
+    (
+        "attention/streaming_cache.py",
+        "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
+        StreamingCache,
+    ),
+    ("metrics.py", "vllm.v1.metrics.loggers:StatLoggerBase", DuoStatLogger),
+]
+# Constructors that do not take what the base class's takes.
+OWN = {
+    "RingManager": {"__init__"},
+    "StreamingCache": {"__init__"},
+    # Python's own hook, not vLLM's.
+    "DuoAttentionBackend": {"__init_subclass__"},
+}
+
+
+@pytest.mark.parametrize(("file", "symbol", "ours"), OVERRIDES, ids=[o[1] for o in OVERRIDES])
+def test_nothing_abstract_is_left(file, symbol, ours):
+    left = sorted(getattr(ours, "__abstractmethods__", ()))
+    assert issubclass(ours, find(symbol)), f"vllm_duo/{file} no longer derives from {symbol}"
+    assert not left, f"{symbol} has new abstract methods {left}: implement them in vllm_duo/{file}"
+
+
+@pytest.mark.parametrize(("file", "symbol", "ours"), OVERRIDES, ids=[o[1] for o in OVERRIDES])
+def test_overrides_take_what_vllm_passes(file, symbol, ours):
+    base, differ = find(symbol), []
+    for name, method in vars(ours).items():
+        function = getattr(method, "__func__", method)
+        theirs = getattr(base, name, None)
+        generated = "__dataclass_fields__" in vars(ours) and name.startswith("__")
+        if not inspect.isfunction(function) or theirs is None or generated:
+            continue
+        if name in OWN.get(ours.__name__, ()):
+            continue
+        passed = list(inspect.signature(theirs).parameters)
+        taken = inspect.signature(getattr(ours, name)).parameters.values()
+        named = [parameter.name for parameter in taken if parameter.kind is not VAR_KEYWORD]
+        if named != passed:
+            differ.append(f"{name}: vLLM passes {passed}, ours takes {named}")
+    assert not differ, f"{symbol} changed, see vllm_duo/{file}: {differ}"

@@ -1,0 +1,126 @@
+"""An in-process vLLM engine for tests: start, generate, look into the pool, clean up."""
+
+from __future__ import annotations
+
+import gc
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's greedy tokens and, per token, its reported log-probabilities."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[dict[int, float], ...]
+
+
+def write_pattern(folder: Path, retrieval) -> Path:
+    """A pattern folder whose threshold 0.5 gives exactly this mask."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = np.asarray(retrieval, dtype=float)
+    np.savetxt(folder / "full_attention_heads.tsv", values, delimiter="\t")
+    (folder / "config.json").write_text(json.dumps({}))
+    return folder
+
+
+class Engine:
+    """vLLM's offline engine with duo, or stock where ``retrieval`` is None."""
+
+    def __init__(self, model, pattern=None, *, sink_size=20, recent_size=75, **settings):
+        from vllm import LLM
+
+        duo = {}
+        if pattern is not None:
+            duo = {
+                "attention_backend": "duo",
+                "additional_config": {
+                    "duo": {
+                        "pattern": str(pattern),
+                        "threshold": 0.5,
+                        "sink_size": sink_size,
+                        "recent_size": recent_size,
+                    }
+                },
+            }
+        self.llm = LLM(
+            model=str(model),
+            **duo,
+            **{
+                "dtype": "float32",
+                "enforce_eager": True,
+                "skip_tokenizer_init": True,
+                "block_size": 16,
+                "max_model_len": 2200,
+                "max_num_batched_tokens": 2048,
+                "max_num_seqs": 32,
+                "disable_log_stats": True,
+                "num_gpu_blocks_override": 6000,
+                **settings,
+            },
+        )
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.manager = self.core.scheduler.kv_cache_manager
+
+    def generate(self, prompts, max_tokens=MAX_NEW_TOKENS):
+        """Greedy answers of all prompts, sent together."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            self.sampling(max_tokens),
+            use_tqdm=False,
+        )
+        return [answer_of(output) for output in outputs]
+
+    @staticmethod
+    def sampling(max_tokens=MAX_NEW_TOKENS):
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            max_tokens=max_tokens, temperature=0, logprobs=3, ignore_eos=True, detokenize=False
+        )
+
+    def check_pool(self, *, idle):
+        """free + held == total, no block in two tables, every ring within its formula."""
+        from vllm_duo.kv_cache.manager import RingManager
+
+        pool = self.manager.block_pool
+        held = []
+        for manager in self.manager.coordinator.single_type_managers:
+            for blocks in manager.req_to_blocks.values():
+                held += [block.block_id for block in blocks]
+            if isinstance(manager, RingManager):
+                manager.allocator.check_integrity()
+        assert pool.null_block.block_id not in held
+        assert len(held) == len(set(held))
+        assert pool.get_num_free_blocks() + len(held) == pool.num_gpu_blocks - 1
+        if idle:
+            assert held == []
+
+
+def answer_of(output):
+    """An answer from vLLM's request output."""
+    completion = output.outputs[0]
+    rows = tuple({t: p.logprob for t, p in row.items()} for row in completion.logprobs)
+    return Answer(tuple(completion.token_ids), rows)
+
+
+@contextmanager
+def engine(model, pattern=None, **settings):
+    """Start an engine; afterwards its pool must be whole again and the process clean."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    running = Engine(model, pattern, **settings)
+    try:
+        yield running
+        running.check_pool(idle=True)
+    finally:
+        running.llm.llm_engine.engine_core.shutdown()
+        del running.llm, running.core, running.manager
+        gc.collect()
+        cleanup_dist_env_and_memory()

@@ -1,0 +1,43 @@
+"""`make demo` as a person runs it, set-up done."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.needle import SERVER_ENV
+
+pytestmark = pytest.mark.engine
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_demo_finds_the_key_and_reads_the_bytes_from_the_engine():
+    done = subprocess.run(
+        [sys.executable, "tools/demo.py"],
+        cwd=ROOT,
+        env={**os.environ, **SERVER_ENV, "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"pass key \d{5}: found", done.stdout)
+    rows = dict(re.findall(r"│ (.*?) +│ +([\d,]+) │", done.stdout))
+    held = {name: int(size.replace(",", "")) for name, size in rows.items()}
+    # 2,000 tokens: 16 retrieval and 2 streaming blocks of 128 tokens, 8 heads of 256 bytes a token.
+    block = 8 * 128 * 256
+    assert held["duo, retrieval heads (read from the engine)"] == 16 * block
+    assert held["duo, streaming heads (read from the engine)"] == 2 * block
+    assert held["stock vLLM, all heads in full (by its block size)"] == 16 * 2 * block
+    for step in (
+        "make serve",
+        "curl -s localhost:8000/v1/completions",
+        "from openai import OpenAI",
+    ):
+        assert step in done.stdout

@@ -1,0 +1,55 @@
+"""A Llama-3.1-8B by shape (random weights, narrow hidden size) with its published pattern."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import LlamaConfig
+
+from tests.e2e.engine import engine
+from vllm_duo import HeadPattern
+from vllm_duo.heads.discovery import PUBLISHED
+from vllm_duo.kv_cache.layout import KVShape, plan_layout
+
+pytestmark = pytest.mark.engine
+
+
+def test_the_pattern_is_found_by_the_models_name_and_planned_groups_run(tmp_path):
+    model = tmp_path / "Llama-3.1-8B-Instruct"
+    LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=256,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(model)
+    mask = HeadPattern.load(PUBLISHED / "Meta-Llama-3.1-8B-Instruct").select(sparsity=0.5).retrieval
+    layout = plan_layout(
+        KVShape(
+            retrieval_heads=tuple(int(n) for n in mask.sum(1)),
+            streaming_heads=tuple(int(n) for n in (~mask).sum(1)),
+            head_size=128,
+            dtype_bytes=4,
+        ),
+        block_size=16,
+        sink_size=64,
+        recent_size=256,
+    )
+    with engine(
+        model,
+        attention_backend="duo",
+        load_format="dummy",
+        max_model_len=1024,
+        num_gpu_blocks_override=200,
+    ) as running:
+        (answer,) = running.generate([list(range(200)) * 3], max_tokens=8)
+        assert len(answer.tokens) == 8
+        config = running.manager.kv_cache_config
+        assert config.kv_cache_tensors[0].size // config.num_blocks == layout.block_bytes
+        groups = config.kv_cache_groups
+        assert len(groups) == 1 + len(layout.bins)
+        assert len(groups[0].layer_names) == sum(n > 0 for n in layout.shape.retrieval_heads)
+        assert [len(g.layer_names) for g in groups[1:]] == [len(layers) for layers in layout.bins]

@@ -1,0 +1,126 @@
+"""Odd requests through HTTP: vLLM's own answers, and every block comes back."""
+
+from __future__ import annotations
+
+import time
+
+import openai
+import pytest
+import requests
+
+from tests.e2e.needle import client_of, prompts
+from vllm_duo.kv_cache.layout import KVShape, plan_layout
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def client(half_server):
+    return client_of(half_server)
+
+
+def held_blocks(server):
+    return {
+        key.split("class=")[1].split(",")[0]: value
+        for key, value in server.metrics().items()
+        if key.startswith("vllm_duo:held_blocks")
+    }
+
+
+def assert_all_blocks_return(server, client):
+    """The engine reports once a step, so a last small request makes it look again."""
+    client.completions.create(model="needle", prompt="The", max_tokens=2)
+    deadline = time.monotonic() + 20
+    while any(held_blocks(server).values()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert held_blocks(server) == {"retrieval": 0, "streaming": 0}
+
+
+def test_prompt_longer_than_the_model_allows(half_server, client):
+    with pytest.raises(openai.BadRequestError, match="4096"):
+        client.completions.create(model="needle", prompt="the " * 5000, max_tokens=5)
+    assert_all_blocks_return(half_server, client)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [("", "must be provided and non-empty"), ([], "at least one prompt")],
+)
+def test_empty_prompt_gets_vllms_own_answer(prompt, answer, half_server, client):
+    with pytest.raises(openai.BadRequestError, match=answer):
+        client.completions.create(model="needle", prompt=prompt, max_tokens=3)
+    assert_all_blocks_return(half_server, client)
+
+
+def test_max_tokens_0_gets_vllms_own_answer(half_server, client):
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model="needle", prompt="The", max_tokens=0)
+    assert_all_blocks_return(half_server, client)
+
+
+def test_client_gone_while_streaming(half_server, client):
+    stream = client.completions.create(
+        model="needle",
+        prompt="The road",
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    stream.close()
+    assert_all_blocks_return(half_server, client)
+
+
+def test_client_gone_in_the_middle_of_its_prefill(half_server, client):
+    (prompt,) = prompts(3500, 1)
+    with pytest.raises(requests.Timeout):
+        requests.post(
+            f"{half_server.url}/v1/completions",
+            json={"model": "needle", "prompt": prompt.text, "max_tokens": 500},
+            timeout=0.2,
+        )
+    assert_all_blocks_return(half_server, client)
+
+
+def test_metrics_show_what_a_request_holds(half_server, client):
+    """The engine's own counts are those of the layout's formulas."""
+    layout = plan_layout(
+        KVShape(retrieval_heads=RETRIEVAL, streaming_heads=STREAMING, head_size=32, dtype_bytes=4),
+        block_size=128,
+        sink_size=16,
+        recent_size=64,
+    )
+    (prompt,) = prompts(1500, 1)
+    stream = client.completions.create(
+        model="needle",
+        prompt=prompt.text,
+        max_tokens=20,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    seen = {"retrieval": 0.0, "streaming": 0.0}
+    for _ in stream:
+        seen = {name: max(seen[name], n) for name, n in held_blocks(half_server).items()}
+    # 12 blocks from the first token of the answer to the last.
+    assert prompt.tokens > 11 * 128
+    assert prompt.tokens + 20 <= 12 * 128
+    assert seen["retrieval"] == 12
+    assert seen["streaming"] == len(layout.bins) * layout.span.max_blocks
+    metrics = half_server.metrics()
+    assert metrics["vllm_duo:block_bytes{engine=0}"] == layout.block_bytes
+    (info,) = [key for key in metrics if key.startswith("vllm_duo:info")]
+    assert "sparsity=0.5000" in info
+    assert "sink_size=16" in info
+    assert "pattern=duo_pattern" in info
+    assert_all_blocks_return(half_server, client)
+
+
+def _heads():
+    from tests.e2e.needle import MODEL
+    from vllm_duo import HeadPattern
+
+    mask = HeadPattern.load(MODEL / "duo_pattern").select(sparsity=0.5).retrieval
+    return tuple(int(n) for n in mask.sum(1)), tuple(int(n) for n in (~mask).sum(1))
+
+
+RETRIEVAL, STREAMING = _heads()

@@ -1,0 +1,163 @@
+"""Dense attention with the rule as a mask, and a small paged store to feed the operators.
+
+Written without the package's operators: the store lays tokens out by the documented slots, the
+oracle sees whole sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
+from vllm_duo.ops.decode import decode
+from vllm_duo.ops.prefill import prefill
+from vllm_duo.ops.write_kv import write_kv
+
+
+def dense_attention(q, k, v, retrieval, sink_size, recent_size, scale, dtype=torch.float64):
+    """Attention of one whole sequence.
+
+    q [n, Hq, D], k and v [n, Hkv, D], retrieval [Hkv] bool; returns [n, Hq, D] of ``dtype``.
+    """
+    n, num_heads, _ = q.shape
+    group = num_heads // k.shape[1]
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+    out = torch.empty(q.shape, dtype=dtype)
+    for head in range(num_heads):
+        kv = head // group
+        mask = j <= i
+        if not retrieval[kv]:
+            mask &= (j < sink_size) | (j > i - recent_size)
+        logits = (q[:, head].to(dtype) @ k[:, kv].to(dtype).T) * scale
+        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+        out[:, head] = weights @ v[:, kv].to(dtype)
+    return out
+
+
+@dataclass
+class Sequence:
+    """A request's random tensors and how many of its tokens have been served."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    done: int = 0
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+class Store:
+    """Caches of one layer filled with NaN, one table row per request, guard blocks between."""
+
+    def __init__(
+        self,
+        retrieval,
+        head_size,
+        *,
+        requests,
+        max_tokens,
+        block_size=16,
+        streaming_block_size=8,
+        sink_size=20,
+        recent_size=75,
+        dtype=torch.float32,
+        seed,
+        draft_size=0,
+    ):
+        rng = np.random.default_rng(seed)
+        retrieval = np.asarray(retrieval, dtype=bool)
+        self.heads = HeadMap.from_mask(retrieval, torch.device("cpu"))
+        num_r, num_s = int(retrieval.sum()), int((~retrieval).sum())
+        width = -(-max_tokens // block_size)
+        ring_size = recent_size + draft_size
+        ring_width = -(-sink_size // streaming_block_size) - (-ring_size // streaming_block_size)
+        # Both caches get twice the blocks they need: the others are guards.
+        ids = rng.permutation(np.arange(1, 2 * requests * width + 1))[: requests * width]
+        ring_ids = rng.permutation(np.arange(1, 2 * requests * ring_width + 1))
+        ring_ids = ring_ids[: requests * ring_width]
+        self.paged = PagedTable(torch.from_numpy(ids.reshape(requests, width)).int(), block_size)
+        self.ring = RingTable(
+            torch.from_numpy(ring_ids.reshape(requests, ring_width)).int(),
+            streaming_block_size,
+            sink_size,
+            recent_size,
+            ring_size,
+        )
+
+        def cache(blocks, heads, size):
+            return torch.full((blocks, heads, size, 2 * head_size), torch.nan, dtype=dtype)
+
+        self.caches = LayerCaches(
+            retrieval=cache(2 * requests * width + 1, num_r, block_size) if num_r else None,
+            paged=self.paged if num_r else None,
+            streaming=cache(2 * requests * ring_width + 1, num_s, streaming_block_size)
+            if num_s
+            else None,
+            ring=self.ring if num_s else None,
+        )
+
+    def assert_guards(self):
+        """Blocks of no table, the null block among them, are still untouched."""
+        for cache, table in (
+            (self.caches.retrieval, self.paged),
+            (self.caches.streaming, self.ring),
+        ):
+            if cache is None:
+                continue
+            guard = torch.ones(len(cache), dtype=torch.bool)
+            guard[table.block_table.flatten().long()] = False
+            assert cache[guard].isnan().all()
+
+
+def run_step(store, sequences, chunks, scale, *, decode_up_to=1):
+    """Serve ``chunks[i]`` tokens of each sequence in one step, decodes first.
+
+    Rows that get no tokens take part as empty requests.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: chunks[i] > decode_up_to)
+    num_decodes = sum(chunks[i] <= decode_up_to for i in order)
+    starts = np.cumsum([0] + [chunks[i] for i in order])
+    lens = [sequences[i].done + chunks[i] for i in order]
+    batch = Batch.from_host(starts, lens, num_decodes)
+    rows = torch.tensor(order)
+    caches = LayerCaches(
+        retrieval=store.caches.retrieval,
+        paged=PagedTable(store.paged.block_table[rows], store.paged.block_size)
+        if store.caches.paged is not None
+        else None,
+        streaming=store.caches.streaming,
+        ring=RingTable(
+            store.ring.block_table[rows],
+            store.ring.block_size,
+            store.ring.sink_size,
+            store.ring.recent_size,
+            store.ring.ring_size,
+        )
+        if store.caches.ring is not None
+        else None,
+    )
+
+    def take(name):
+        parts = [getattr(sequences[i], name)[sequences[i].done :][: chunks[i]] for i in order]
+        # One row of padding, as a serving framework may add.
+        return torch.cat(
+            [
+                *parts,
+                torch.full_like(sequences[0].q[:1], torch.nan)
+                if name == "q"
+                else torch.full_like(sequences[0].k[:1], torch.nan),
+            ]
+        )
+
+    q, k, v = take("q"), take("k"), take("v")
+    output = torch.full_like(q, torch.nan)
+    decode(q, k, v, store.heads, caches, batch, scale, output)
+    assert output[batch.num_decode_tokens :].isnan().all()
+    prefill(q, k, v, store.heads, caches, batch, scale, output)
+    write_kv(k, v, store.heads, caches, batch)
+    assert output[batch.num_tokens :].isnan().all()
+    for slot, i in enumerate(order):
+        sequences[i].outputs.append(output[starts[slot] : starts[slot + 1]])
+        sequences[i].done += chunks[i]

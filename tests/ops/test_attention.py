@@ -1,0 +1,250 @@
+"""decode, prefill and write_kv against dense attention, over whole served sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ops.oracle import Sequence, Store, dense_attention, run_step
+from vllm_duo.ops import pieces
+
+MASKS = {
+    "mixed": [True, False, True, False],
+    "all_retrieval": [True] * 4,
+    "all_streaming": [False] * 4,
+    "one_retrieval": [False, False, False, True],
+}
+
+
+def make_sequences(lengths, num_kv_heads, group, head_size, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(n, heads):
+        return torch.randn(n, heads, head_size, generator=generator, dtype=torch.float64).to(dtype)
+
+    return [
+        # Keys twice as large as usual: attention with clear peaks shows a wrong key.
+        Sequence(
+            random(n, num_kv_heads * group), 2 * random(n, num_kv_heads), random(n, num_kv_heads)
+        )
+        for n in lengths
+    ]
+
+
+def serve(store, sequences, chunk_of, scale, **kwargs):
+    """Serve all sequences to their end; ``chunk_of(left)`` tokens a step and sequence."""
+    while any(s.done < len(s.q) for s in sequences):
+        run_step(
+            store, sequences, [chunk_of(len(s.q) - s.done) for s in sequences], scale, **kwargs
+        )
+
+
+def assert_rule_holds(sequences, mask, sink_size, recent_size, scale):
+    """Compare with float64; the bound is twice the error of the same maths in float32.
+
+    The operators compute in float32 for every narrower dtype and round once at the end, so that
+    rounding (half a unit in the last place) is added.
+    """
+    for s in sequences:
+        exact = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale)
+        plain = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale, torch.float32)
+        rounding = torch.finfo(s.q.dtype).eps * exact.abs().max()
+        # The floor is a few float32 roundings: short rows can be exact by luck in one order of sums.
+        bound = 2 * (plain - exact).abs().max() + rounding + 4 * torch.finfo(torch.float32).eps
+        served = torch.cat(s.outputs).double()
+        assert (served - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("chunk", [16, 63, 1000])
+def test_result_is_the_rule_for_every_chunk_size(mask, group, chunk):
+    lengths = [1, 63, 129, 200]
+    store = Store(
+        MASKS[mask],
+        32,
+        requests=4,
+        max_tokens=300,
+        seed=0,
+    )
+    sequences = make_sequences(lengths, 4, group, 32, torch.float32, seed=1)
+    serve(store, sequences, lambda left: min(left, chunk), 32**-0.5)
+    assert_rule_holds(sequences, MASKS[mask], 20, 75, 32**-0.5)
+    store.assert_guards()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_round_once(dtype):
+    store = Store(
+        MASKS["mixed"],
+        64,
+        requests=2,
+        max_tokens=200,
+        streaming_block_size=16,
+        sink_size=4,
+        recent_size=33,
+        dtype=dtype,
+        seed=2,
+    )
+    sequences = make_sequences([200, 131], 4, 2, 64, dtype, seed=3)
+    serve(store, sequences, lambda left: min(left, 50), 0.125)
+    assert_rule_holds(sequences, MASKS["mixed"], 4, 33, 0.125)
+
+
+@pytest.mark.parametrize(
+    ("sink", "recent"), [(0, 1), (0, 16), (16, 16), (17, 1), (64, 256), (5, 8)]
+)
+def test_sink_and_recent_across_block_edges(sink, recent):
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=2,
+        max_tokens=400,
+        sink_size=sink,
+        recent_size=recent,
+        seed=4,
+    )
+    sequences = make_sequences([400, 37], 4, 2, 32, torch.float32, seed=5)
+    serve(store, sequences, lambda left: min(left, 45), 32**-0.5)
+    assert_rule_holds(sequences, MASKS["mixed"], sink, recent, 32**-0.5)
+
+
+@pytest.mark.parametrize("wrong", [(19, 75), (21, 75), (20, 74), (20, 76)])
+def test_the_oracle_sees_one_token_of_difference(wrong):
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=1,
+        max_tokens=300,
+        sink_size=wrong[0],
+        recent_size=wrong[1],
+        seed=6,
+    )
+    sequences = make_sequences([300], 4, 2, 32, torch.float32, seed=7)
+    serve(store, sequences, lambda left: min(left, 64), 32**-0.5)
+    with pytest.raises(AssertionError):
+        assert_rule_holds(sequences, MASKS["mixed"], 20, 75, 32**-0.5)
+
+
+def test_queries_of_several_tokens_decode_with_draft_slack():
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=3,
+        max_tokens=260,
+        draft_size=4,
+        seed=8,
+    )
+    sequences = make_sequences([260, 155, 40], 4, 2, 32, torch.float32, seed=9)
+    serve(store, sequences, lambda left: min(left, 5), 32**-0.5, decode_up_to=5)
+    assert_rule_holds(sequences, MASKS["mixed"], 20, 75, 32**-0.5)
+
+
+def test_rolled_back_drafts_leave_no_trace():
+    """Five draft tokens are written, rejected and overwritten by the true ones."""
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=1,
+        max_tokens=260,
+        draft_size=5,
+        seed=10,
+    )
+    (true,) = make_sequences([260], 4, 2, 32, torch.float32, seed=11)
+    (draft,) = make_sequences([260], 4, 2, 32, torch.float32, seed=12)
+    while true.done < 255:
+        draft.done = true.done
+        run_step(store, [draft], [6], 32**-0.5, decode_up_to=6)
+        run_step(store, [true], [1], 32**-0.5)
+    true.q, true.k, true.v = true.q[:255], true.k[:255], true.v[:255]
+    assert_rule_holds([true], MASKS["mixed"], 20, 75, 32**-0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    mask=st.lists(st.booleans(), min_size=1, max_size=4),
+    group=st.integers(1, 4),
+    block=st.sampled_from([8, 16, 24]),
+    ring_block=st.sampled_from([1, 4, 8, 24]),
+    sink=st.integers(0, 50),
+    recent=st.integers(1, 60),
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+)
+def test_random_schedules(mask, group, block, ring_block, sink, recent, lengths, seed):
+    """Random chunks, empty requests among them, in every step."""
+    rng = np.random.default_rng(seed)
+    store = Store(
+        mask,
+        16,
+        requests=len(lengths),
+        max_tokens=150,
+        block_size=block,
+        streaming_block_size=ring_block,
+        sink_size=sink,
+        recent_size=recent,
+        seed=seed,
+    )
+    sequences = make_sequences(lengths, len(mask), group, 16, torch.float32, seed)
+    serve(store, sequences, lambda left: min(left, int(rng.integers(0, 70))), 0.25)
+    assert_rule_holds(sequences, mask, sink, recent, 0.25)
+    store.assert_guards()
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(1000, 16), (16, 1000), (1000, 1000)])
+def test_sizes_beyond_the_request_are_full_attention(sink, recent, monkeypatch):
+    """Also with the smallest pieces, so that every loop over pieces turns more than once."""
+    monkeypatch.setattr(pieces, "GATHER_ELEMENTS", 1)
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=2,
+        max_tokens=200,
+        sink_size=sink,
+        recent_size=recent,
+        seed=17,
+    )
+    sequences = make_sequences([200, 61], 4, 2, 32, torch.float32, seed=18)
+    serve(store, sequences, lambda left: min(left, 60), 32**-0.5)
+    assert_rule_holds(sequences, [True] * 4, 0, 1, 32**-0.5)
+
+
+def test_cache_copies_are_exact():
+    """What write_kv stores is bit for bit the key and value of the last token in each slot."""
+    store = Store(
+        MASKS["mixed"],
+        16,
+        requests=1,
+        max_tokens=100,
+        sink_size=5,
+        recent_size=11,
+        seed=13,
+    )
+    (s,) = make_sequences([100], 4, 1, 16, torch.float32, seed=14)
+    serve(store, [s], lambda left: min(left, 30), 0.25)
+    for position in range(100):
+        block, offset = divmod(position, 16)
+        held = store.caches.retrieval[store.paged.block_table[0, block], :, offset]
+        assert torch.equal(held, torch.cat([s.k, s.v], -1)[position, [0, 2]])
+    for position in [*range(5), *range(89, 100)]:
+        column, offset = store.ring.table_slots(np.array(position))
+        held = store.caches.streaming[store.ring.block_table[0, int(column)], :, int(offset)]
+        assert torch.equal(held, torch.cat([s.k, s.v], -1)[position, [1, 3]])
+
+
+def test_wrong_shapes_are_named():
+    store = Store(
+        MASKS["mixed"],
+        16,
+        requests=1,
+        max_tokens=20,
+        sink_size=5,
+        recent_size=11,
+        seed=15,
+    )
+    (s,) = make_sequences([20], 3, 1, 16, torch.float32, seed=16)
+    with pytest.raises(ValueError, match="key has 3 KV heads, the head map 4"):
+        run_step(store, [s], [20], 0.25)

@@ -1,0 +1,97 @@
+"""The oracle: an eager transformers forward in float32 with the rule as a mask per KV head.
+
+Written without the package's operators. Source of the rule: docs/design.md, section "The rule".
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+
+def _rule(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention of one layer: query [1, Hq, n, D], key and value [1, Hkv, n, D], no cache."""
+    retrieval = module.duo_retrieval  # [Hkv] bool
+    group = query.shape[1] // key.shape[1]
+    n = query.shape[2]
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None]
+    causal = j <= i
+    window = causal & ((j < module.duo_sink) | (j > i - module.duo_recent))
+    mask = torch.where(torch.as_tensor(retrieval)[:, None, None], causal, window)  # [Hkv, n, n]
+    mask = mask.repeat_interleave(group, 0)
+    key = key[0].repeat_interleave(group, 0)
+    value = value[0].repeat_interleave(group, 0)
+    logits = (query[0] @ key.mT) * scaling
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(0, 1)[None].contiguous(), None
+
+
+AttentionInterface.register("duo_rule", _rule)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(model: str):
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded.set_attn_implementation("duo_rule")
+    return loaded.eval()
+
+
+class Oracle:
+    """Log-probabilities of a model under the rule.
+
+    Args:
+        model: checkpoint folder.
+        retrieval: [layers, Hkv] bool.
+        sink_size: tokens.
+        recent_size: tokens.
+    """
+
+    def __init__(self, model: Path | str, retrieval, sink_size: int, recent_size: int) -> None:
+        self.model = _load(str(model))
+        self.retrieval = np.asarray(retrieval, dtype=bool)
+        self.sizes = (sink_size, recent_size)
+
+    @torch.inference_mode()
+    def logprobs(self, token_ids) -> torch.Tensor:
+        """[n, vocabulary] log-probabilities after each of the n tokens."""
+        for layer, retrieval in zip(self.model.model.layers, self.retrieval, strict=True):
+            layer.self_attn.duo_retrieval = retrieval
+            layer.self_attn.duo_sink, layer.self_attn.duo_recent = self.sizes
+        logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+
+def mismatches(oracle: Oracle, prompt, served, served_logprobs, *, tie=1e-3, tolerance=1e-2):
+    """What a served answer gets wrong, the oracle forced along the served tokens.
+
+    Args:
+        oracle: the oracle.
+        prompt: prompt token ids.
+        served: generated token ids.
+        served_logprobs: per generated token, its top log-probabilities by token id.
+        tie: how far below the oracle's best log-probability a token may lie: float32 sums in another
+            order move log-probabilities by some 1e-5, so a token within 1e-3 is a tie.
+        tolerance: bound on the difference of a reported log-probability; float32 in both.
+
+    Returns:
+        Sentences, one a mismatch; empty for a right answer.
+    """
+    wrong = []
+    reference = oracle.logprobs([*prompt, *served])[len(prompt) - 1 : -1]
+    for step, (token, reported, row) in enumerate(
+        zip(served, served_logprobs, reference, strict=True)
+    ):
+        best = float(row.max())
+        if float(row[token]) < best - tie:
+            wrong.append(f"step {step}: token {token} at {float(row[token]):.4f}, best {best:.4f}")
+        for candidate, logprob in reported.items():
+            if abs(logprob - float(row[candidate])) > tolerance:
+                wrong.append(
+                    f"step {step}: token {candidate} served at {logprob:.4f}, "
+                    f"oracle {float(row[candidate]):.4f}"
+                )
+    return wrong

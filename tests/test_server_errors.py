@@ -1,0 +1,336 @@
+"""What a server with bad or good settings answers, before any weights load.
+
+The models are config.json files; vLLM's own EngineArgs makes the whole config from them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import vllm.platforms
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_duo import support
+from vllm_duo.heads import HeadPattern
+
+PATTERN = "0.0\t1.0\n1.0\t0.25\n"  # 2 layers, 2 KV heads
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+}
+
+
+def config_json(architecture: str, model_type: str, **settings) -> dict:
+    return {"architectures": [architecture], "model_type": model_type, **SIZES, **settings}
+
+
+LLAMA = config_json("LlamaForCausalLM", "llama")
+MISTRAL = config_json("MistralForCausalLM", "mistral", sliding_window=32)
+GEMMA_2 = config_json("Gemma2ForCausalLM", "gemma2", head_dim=16, sliding_window=32)
+GEMMA_3N = config_json("Gemma3nForCausalLM", "gemma3n_text", head_dim=16, sliding_window=32)
+FULL = {"layer_types": ["full_attention", "full_attention"]}
+LLAMA_4 = config_json("Llama4ForCausalLM", "llama4_text", head_dim=16, num_local_experts=2)
+CHUNKED = {"attention_chunk_size": 64, "layer_types": ["chunked_attention", "full_attention"]}
+BLOOM = config_json("BloomForCausalLM", "bloom", n_layer=2, n_head=4, seq_length=256)
+FALCON = config_json("FalconForCausalLM", "falcon", alibi=True)
+GPT_OSS = config_json("GptOssForCausalLM", "gpt_oss", head_dim=16, num_local_experts=2)
+WINDOWED = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+JAMBA = config_json("JambaForCausalLM", "jamba", attn_layer_period=2, attn_layer_offset=1)
+DEEPSEEK = config_json("DeepseekV2ForCausalLM", "deepseek_v2", n_routed_experts=2, q_lora_rank=None)
+MLA = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+WHISPER = config_json("WhisperForConditionalGeneration", "whisper", d_model=64)
+ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 4, "max_source_positions": 64}
+DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "max_target_positions": 256}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
+
+WINDOW = "the model's own sliding window (32 tokens)"
+HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
+REFUSED_MODELS = {
+    "sliding window": (MISTRAL, WINDOW),
+    "soft cap": (GEMMA_2, WINDOW, "soft-capped attention logits"),
+    "chunks": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
+    "ALiBi by model": (BLOOM, "ALiBi position biases"),
+    "ALiBi by setting": (FALCON, "ALiBi position biases"),
+    "learned sinks": (
+        GPT_OSS | WINDOWED,
+        WINDOW,
+        "learned attention sinks (these are logits, not sink tokens)",
+    ),
+    "MLA": (
+        DEEPSEEK | MLA,
+        "multi-head latent attention (MLA): its cache has no KV heads to split",
+        f"the head size 48: {HEAD_SIZES}",
+    ),
+    "encoder and decoder": (
+        WHISPER | ENCODER | DECODER | TOKENS,
+        "cross-attention (an encoder-decoder model)",
+        "multimodal input: not tested yet",
+    ),
+    "Mamba": (JAMBA, "layers without attention (Mamba, linear attention and their like)"),
+    "shared caches": (
+        GEMMA_3N | FULL | {"num_kv_shared_layers": 1},
+        WINDOW,
+        "layers that share another layer's KV cache",
+    ),
+    "pooling": (
+        config_json("BertModel", "bert"),
+        "the task 'pooling': only text generation keeps a KV cache",
+    ),
+    "own KV quantisation": (
+        LLAMA
+        | {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "dense",
+                "config_groups": {},
+                "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+            }
+        },
+        "the checkpoint's own KV cache quantisation ({'num_bits': 8, 'type': 'float'})",
+    ),
+    "head size": (LLAMA | {"head_dim": 24}, f"the head size 24: {HEAD_SIZES}"),
+}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
+REFUSED_SETTINGS = [
+    ("--tensor-parallel-size 2: not tested yet, set it to 1", {"tensor_parallel_size": 2}),
+    ("--pipeline-parallel-size 2: not tested yet, set it to 1", {"pipeline_parallel_size": 2}),
+    ("--data-parallel-size 2: not tested yet, set it to 1", {"data_parallel_size": 2}),
+    (
+        "--prefill-context-parallel-size 2: not tested yet, set it to 1",
+        {"prefill_context_parallel_size": 2},
+    ),
+    (
+        "speculative decoding: not tested yet, remove --speculative-config",
+        {"speculative_config": NGRAM},
+    ),
+    (
+        "--kv-cache-dtype fp8: quantised caches are not tested yet, use auto",
+        {"kv_cache_dtype": "fp8"},
+    ),
+    (
+        "--kv-cache-dtype bfloat16 for a model in float32: use auto",
+        {"kv_cache_dtype": "bfloat16"},
+    ),
+    (
+        "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager",
+        {"disable_hybrid_kv_cache_manager": True},
+    ),
+    (
+        "KV connectors (--kv-transfer-config): they do not see the streaming caches",
+        {"kv_transfer_config": CONNECTOR},
+    ),
+    (
+        "KV cache events (--kv-events-config): not tested yet",
+        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+    ),
+    ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
+    (
+        "--kv-offloading-size: the offloading connector does not see the streaming caches",
+        {"kv_offloading_size": 1.0},
+    ),
+    (
+        "attention that is not causal",
+        {"attention_backend": None, "attention_config": {"backend": "duo", "use_non_causal": True}},
+    ),
+    (
+        "attention backends per kind of layer: all attention layers must run duo",
+        {"attention_backend": None, "attention_config": PER_KIND},
+    ),
+]
+BAD_TABLES = {
+    "too many layers": (PATTERN + "1.0\t1.0\n", "head pattern has 3 layers, the model has 2"),
+    "too few heads": ("1.0\n0.0\n", "has 1 KV heads per layer, the model has 2"),
+    "not a number at all": ("0.0\t1.0\n1.0\thalf\n", "line 2, column 2: expected a number"),
+    "NaN": ("0.0\tnan\n1.0\t0.0\n", r"line 1, column 2: expected a value in .*, got nan"),
+    "too high": ("0.0\t1.0\n1.02\t0.0\n", r"line 2, column 1: .*\[-0.01, 1.01\], got 1.02"),
+    "too low": ("0.0\t1.0\n1.0\t-0.02\n", r"line 2, column 2: .*\[-0.01, 1.01\], got -0.02"),
+    "ragged": ("0.0\t1.0\n1.0\n", "line 2: expected 2 values as in line 1, found 1"),
+    "empty": ("", "expected one line per layer, found an empty file"),
+}
+BAD_SETTINGS = [
+    ({"sparsty": 0.5}, r"sparsty: unknown key \(did you mean sparsity\?\), got 0.5: allowed keys"),
+    ({"sparsity": 0.5, "threshold": 0.5}, "expected at most one of them, got sparsity=0.5 and"),
+    ({"sparsity": 1.5}, "sparsity: expected a number from 0 to 1, got 1.5"),
+    ({"sparsity": float("nan")}, "sparsity: expected a number from 0 to 1, got nan"),
+    ({"sink_size": -1}, "sink_size: expected a whole number of tokens from 0 to .*, got -1"),
+    ({"recent_size": 0}, "recent_size: expected a whole number of tokens from 1 to .*, got 0"),
+    ({"recent_size": "256"}, "recent_size: expected a whole number of tokens .*, got '256'"),
+    ({"recent_size": 0, "top": 1}, "(?s)recent_size: expected.*top: unknown key"),
+    ({"pattern": "no-such-thing"}, "expected a folder or the name of a shipped pattern"),
+    (0.5, "expected an object, got 0.5"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def this_process():
+    """Models are looked at here instead of in a process of 20 s each; settings of it come back."""
+    before = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Makes vLLM's config of a model folder, as the front end of a server does."""
+
+    def serve(config=LLAMA, table: str | None = PATTERN, duo=None, **settings):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if table is not None:
+            (tmp_path / "duo_pattern").mkdir()
+            (tmp_path / "duo_pattern" / "full_attention_heads.tsv").write_text(table)
+        defaults = {
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "attention_backend": "duo",
+            "additional_config": {} if duo is None else {"duo": duo},
+        }
+        return EngineArgs(model=str(tmp_path), **(defaults | settings)).create_engine_config()
+
+    return serve
+
+
+@pytest.fixture
+def messages():
+    """(level, text) of what the plugin logs; vLLM's loggers do not propagate."""
+    logger = logging.getLogger("vllm.vllm_duo.compat.cpu_platform")
+    level, records, handler = logger.level, [], logging.Handler()
+    handler.emit = lambda record: records.append((record.levelname, record.getMessage()))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def reasons_of(serve, *args, **settings) -> list[str]:
+    with pytest.raises(NotImplementedError, match="does not support this server") as caught:
+        serve(*args, **settings)
+    return re.findall(r"^  - (.*)$", str(caught.value), flags=re.MULTILINE)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("model", REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+    def test_model(self, serve, model):
+        config, *reasons = model
+        assert reasons_of(serve, config) == reasons
+
+    @pytest.mark.parametrize(("reason", "settings"), REFUSED_SETTINGS)
+    def test_setting(self, serve, reason, settings):
+        assert reasons_of(serve, **settings) == [reason]
+
+    def test_model_runner_v2(self, serve, monkeypatch):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        (reason,) = reasons_of(serve)
+        assert reason.endswith("not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0")
+
+    def test_every_reason_is_told_at_once(self, serve):
+        reasons = reasons_of(serve, MISTRAL, tensor_parallel_size=2, kv_cache_dtype="fp8")
+        assert [reason.split(":")[0] for reason in reasons] == [
+            WINDOW,
+            "--tensor-parallel-size 2",
+            "--kv-cache-dtype fp8",
+        ]
+
+    def test_they_come_before_a_missing_pattern(self, serve):
+        assert reasons_of(serve, MISTRAL, table=None) == [WINDOW]
+
+    def test_other_platform(self, monkeypatch):
+        # This vLLM knows one platform only, so another one is a stand-in.
+        cuda = SimpleNamespace(device_name="cuda", is_cpu=lambda: False)
+        monkeypatch.setattr(vllm.platforms, "current_platform", cuda, raising=False)
+        (reason,) = support._platform()
+        assert reason.startswith("the platform cuda: this release of vllm-duo has kernels for")
+
+
+class TestPatterns:
+    @pytest.mark.parametrize(("table", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
+    def test_bad_table(self, serve, tmp_path, table, message):
+        with pytest.raises(ValueError, match=message) as caught:
+            serve(table=table)
+        assert str(tmp_path / "duo_pattern") in str(caught.value)
+
+    def test_none_found(self, serve, tmp_path):
+        with pytest.raises(ValueError, match="no head pattern for model") as caught:
+            serve(table=None)
+        assert "`vllm-duo identify` will do it" in str(caught.value)
+
+    @pytest.mark.parametrize(("duo", "message"), BAD_SETTINGS)
+    def test_bad_setting(self, serve, duo, message):
+        with pytest.raises(ValueError, match=message):
+            serve(duo=duo)
+
+    @pytest.mark.parametrize("backend", [None, "CPU_ATTN"])
+    def test_settings_without_the_backend(self, serve, backend):
+        with pytest.raises(ValueError, match=r'has a "duo" section.*add --attention-backend'):
+            serve(duo={}, attention_backend=backend)
+
+
+class TestGoodServers:
+    def test_pattern_and_mask_are_logged(self, serve, messages):
+        config = serve(duo={"sparsity": 0.25, "sink_size": 4}, enable_prefix_caching=False)
+        assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+        mask_hash = HeadPattern([[0.0, 1.0], [1.0, 0.25]]).select(sparsity=0.25).mask_hash
+        assert messages[:1] == [
+            (
+                "INFO",
+                "duo: pattern duo_pattern, sparsity 0.25 (setting): 1 of 4 KV heads stream "
+                f"(25.0 %), mask {mask_hash}, sink 4 + recent 256 tokens",
+            )
+        ]
+
+    def test_layout_and_waste_are_logged(self, serve, messages):
+        serve(duo={"sink_size": 16, "recent_size": 16}, block_size=16, max_model_len=256)
+        # Heads of 16 elements in float32: 128 bytes a token. 16 retrieval blocks and 1 + 1 streaming
+        # ones, two heads wide each; stock keeps 16 blocks of four heads.
+        assert messages[-1] == (
+            "INFO",
+            "duo: blocks of 16 retrieval and 16 streaming tokens in 1 bin(s), 4096 bytes; a request "
+            "of 256 tokens holds 0.1 MiB (stock: 0.1 MiB, 1.78 x), waste 0.0 %",
+        )
+
+    def test_prefix_caching_is_switched_off_with_a_warning(self, serve, messages):
+        config = serve(enable_prefix_caching=True)
+        assert config.cache_config.enable_prefix_caching is False
+        warnings = [text for level, text in messages if level == "WARNING"]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("duo: prefix caching is switched off")
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            MISTRAL | {"sliding_window": None},
+            config_json("Qwen2ForCausalLM", "qwen2", sliding_window=32, use_sliding_window=False),
+            config_json("Qwen3ForCausalLM", "qwen3", head_dim=16),
+        ],
+        ids=["mistral", "qwen2", "qwen3"],
+    )
+    def test_window_that_is_not_in_use_is_none(self, serve, config):
+        assert serve(config).attention_config.backend is AttentionBackendEnum.CUSTOM
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_every_dtype(self, serve, dtype):
+        config = serve(dtype=dtype, kv_cache_dtype="auto" if dtype == "float32" else dtype)
+        assert str(config.model_config.dtype) == f"torch.{dtype}"
+
+    def test_server_without_duo_is_left_alone(self, serve, messages):
+        config = serve(table=None, attention_backend=None)
+        assert config.cache_config.enable_prefix_caching is True
+        assert messages == []

@@ -1,0 +1,1 @@
+"""The attention backend: vLLM's interface in front of the operators."""

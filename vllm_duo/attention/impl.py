@@ -1,0 +1,204 @@
+"""``DuoAttentionImpl``: one layer's attention, over its one or two caches."""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_duo.attention.metadata import DuoMetadata
+from vllm_duo.attention.streaming_cache import SUFFIX, StreamingCache
+from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
+from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
+from vllm_duo.ops.decode import decode
+from vllm_duo.ops.prefill import prefill
+from vllm_duo.ops.write_kv import write_kv
+from vllm_duo.server_plan import ServerPlan, resolve_plan
+from vllm_duo.support import UNQUANTISED_CACHE_DTYPES
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
+    """Attention of one layer; the layer's classes are set up after its weights have loaded.
+
+    Raises:
+        NotImplementedError: the layer has a feature that the operators lack. Most of these are
+            refused for the whole server before weights load; a model may still add one per layer.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        unsupported = {
+            "ALiBi slopes": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            "soft-capped logits": bool(logits_soft_cap),
+            f"attention type {attn_type}": attn_type != AttentionType.DECODER,
+            "another layer's KV cache": kv_sharing_target_layer_name is not None,
+            # A checkpoint may bring its own KV scheme, which vLLM applies layer by layer.
+            f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in UNQUANTISED_CACHE_DTYPES,
+            **{f"the argument {name}": value is not None for name, value in extra.items()},
+        }
+        reasons = [name for name, present in unsupported.items() if present]
+        if reasons:
+            raise NotImplementedError(
+                f"--attention-backend duo does not support a layer with {', '.join(reasons)}: "
+                "serve this model with vLLM's own attention backend"
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.vllm_config = get_current_vllm_config()
+        expected = _plan_of(self.vllm_config).resolved.selection.num_kv_heads
+        if self.num_kv_heads != expected:
+            raise ValueError(
+                f"a layer has {self.num_kv_heads} KV heads, the head pattern {expected}: use a "
+                "pattern made for this checkpoint (pattern=...); models whose layers differ in "
+                "their KV heads are not supported"
+            )
+        self.layer_name: str | None = None
+        self.heads: HeadMap | None = None
+        self.sibling: StreamingCache | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Split the layer's heads and describe its caches; safe to call again on a reload."""
+        if self.heads is not None:
+            return
+        context = self.vllm_config.compilation_config.static_forward_context
+        name, layer = next(
+            (name, layer) for name, layer in context.items() if getattr(layer, "impl", None) is self
+        )
+        index = extract_layer_index(name)
+        if type(layer) is not Attention or layer.head_size_v != self.head_size:
+            raise NotImplementedError(
+                f"--attention-backend duo does not support layer {name}, a {type(layer).__name__} "
+                f"with head sizes {layer.head_size} and {layer.head_size_v}: serve this model with "
+                "vLLM's own attention backend"
+            )
+        mask = _plan_of(self.vllm_config).retrieval_mask(index)
+        heads = HeadMap.from_mask(mask, torch.device(self.vllm_config.device_config.device_type))
+        retrieval = partial(_retrieval_spec, layer, len(heads.retrieval))
+        streaming = partial(_streaming_spec, layer, index)
+        # A layer of streaming heads alone owns their spec itself: vLLM looks up metadata by its name.
+        layer.get_kv_cache_spec = retrieval if len(heads.retrieval) else streaming
+        if len(heads.retrieval) and len(heads.streaming):
+            self.sibling = StreamingCache(layer.attn_backend, self.num_heads, streaming)
+            context[name + SUFFIX] = self.sibling
+        self.layer_name = name
+        self.heads = heads
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: DuoMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, then write the step's tokens into the caches.
+
+        Args:
+            layer: the attention layer.
+            query: [T, Hq, D]; rows beyond the batch's tokens are padding.
+            key: [T, Hkv, D].
+            value: [T, Hkv, D].
+            kv_cache: the layer's own cache: retrieval, or streaming where it has no retrieval head.
+            attn_metadata: of ``kv_cache``; None while vLLM profiles.
+            output: [T, Hq, D], mutated in place.
+            output_scale: not supported.
+            output_block_scale: not supported.
+
+        Returns:
+            ``output``.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("duo does not support fused output quantisation")
+        if attn_metadata is None:
+            return output.zero_()
+        assert self.heads is not None, "customize_spec checks that heads were split"
+        caches = self._caches(kv_cache, attn_metadata)
+        batch = attn_metadata.batch
+        decode(query, key, value, self.heads, caches, batch, self.scale, output)
+        prefill(query, key, value, self.heads, caches, batch, self.scale, output)
+        write_kv(key, value, self.heads, caches, batch)
+        return output
+
+    def _caches(self, kv_cache: torch.Tensor, own: DuoMetadata) -> LayerCaches:
+        if isinstance(own.table, RingTable):
+            return LayerCaches(streaming=kv_cache, ring=own.table)
+        if self.sibling is None:
+            return LayerCaches(retrieval=kv_cache, paged=own.table)
+        assert self.layer_name is not None
+        by_layer = get_forward_context().attn_metadata
+        ring = by_layer[self.layer_name + SUFFIX].table
+        assert isinstance(own.table, PagedTable)
+        return LayerCaches(kv_cache, own.table, self.sibling.kv_cache, ring)
+
+
+_plans: dict[int, ServerPlan] = {}
+
+
+def _plan_of(vllm_config: VllmConfig) -> ServerPlan:
+    """The server's plan, resolved once per config object and forgotten with it."""
+    key = id(vllm_config)
+    if key not in _plans:
+        _plans[key] = resolve_plan(vllm_config)
+        weakref.finalize(vllm_config, _plans.pop, key, None)
+    return _plans[key]
+
+
+def _retrieval_spec(layer: Attention, heads: int, vllm_config: VllmConfig) -> RetrievalSpec:
+    """Spec of a layer's ``heads`` retrieval heads."""
+    return RetrievalSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=heads,
+        head_size=layer.head_size,
+        dtype=layer.kv_cache_torch_dtype,
+    )
+
+
+def _streaming_spec(layer: Attention, index: int, vllm_config: VllmConfig) -> StreamingSpec:
+    """Spec of the streaming heads of the layer with this index."""
+    layout = _plan_of(vllm_config).layout(
+        head_size=layer.head_size,
+        dtype_bytes=get_dtype_size(layer.kv_cache_torch_dtype),
+        block_size=vllm_config.cache_config.block_size,
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
+    return StreamingSpec(
+        block_size=layout.span.block_size,
+        num_kv_heads=layout.shape.streaming_heads[index],
+        head_size=layer.head_size,
+        dtype=layer.kv_cache_torch_dtype,
+        sink_size=layout.span.sink_size,
+        recent_size=layout.span.recent_size,
+        draft_size=layout.span.draft_size,
+        bin=layout.bin_of(index),
+    )

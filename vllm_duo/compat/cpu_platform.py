@@ -1,0 +1,134 @@
+"""``CpuPlatform``: choose our backend, and validate in the front end.
+
+Symptom: on CPU ``--attention-backend duo`` silently serves with CPU_ATTN, and a bad setting shows up
+only as a worker's stack trace.
+Why: ``CpuPlatform.get_attn_backend_cls`` always answers CPU_ATTN, and an attention backend has no
+hook that runs before the workers start. ``check_and_update_config`` is the last thing that every
+front end calls with the whole config.
+Condition: the platform is vLLM's CPU platform; both wrappers pass everything on unless the selected
+backend is ours.
+May go: once the CPU platform honours a registered CUSTOM backend and backends can validate a config.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_duo.kv_cache.layout import DEFAULT_REFERENCE_TOKENS
+from vllm_duo.logging import get_logger
+from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
+from vllm_duo.support import check_supported
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_duo.server_plan import ServerPlan
+
+logger = get_logger(__name__)
+
+
+def patch() -> None:
+    """Wrap the platform class's two methods, whatever the platform; once per process."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    platform = type(current_platform)
+    if getattr(platform, "_vllm_duo_patched", False):
+        return
+    platform._vllm_duo_patched = True
+    check_and_update_config = platform.check_and_update_config
+    get_attn_backend_cls = platform.get_attn_backend_cls
+
+    @classmethod  # type: ignore[misc]
+    def checked(cls: type, vllm_config: VllmConfig) -> None:
+        check_and_update_config(vllm_config)
+        prepare_server(vllm_config)
+
+    @classmethod  # type: ignore[misc]
+    def selected(cls: type, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+        ours = selected_backend is AttentionBackendEnum.CUSTOM
+        if ours and selected_backend.get_path() == BACKEND_PATH:
+            return BACKEND_PATH
+        return get_attn_backend_cls(selected_backend, *args, **kwargs)
+
+    platform.check_and_update_config = checked
+    if current_platform.is_cpu():
+        platform.get_attn_backend_cls = selected
+
+
+def prepare_server(vllm_config: VllmConfig) -> None:
+    """Check a server's config once it is complete; nothing happens where duo was not asked for.
+
+    Raises:
+        NotImplementedError: the server uses something that duo does not support.
+        ValueError: bad settings, no pattern, or a pattern of another shape.
+    """
+    if vllm_config.model_config is None:
+        return
+    if not is_duo(vllm_config):
+        if has_duo_section(vllm_config):
+            raise ValueError(
+                '--additional-config has a "duo" section, but the attention backend is '
+                f"{vllm_config.attention_config.backend}: add --attention-backend duo or remove "
+                "the section"
+            )
+        backend = vllm_config.attention_config.backend
+        if backend is not None and backend.name == "CUSTOM":
+            path = backend.get_path() if backend.is_overridden() else "nothing"
+            logger.warning(
+                "the attention backend CUSTOM (alias duo) has been taken by another plugin (%s): "
+                "this server does not run vllm-duo",
+                path,
+            )
+        return
+    check_supported(vllm_config)
+    plan = resolve_plan(vllm_config)
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        # A ring cannot serve a hit (its blocks are overwritten), so caching would only cost.
+        logger.warning(
+            "duo: prefix caching is switched off: this release keeps streaming heads in an in-place "
+            "ring, which cannot serve prefix hits"
+        )
+        cache.enable_prefix_caching = False
+    _log_plan(vllm_config, plan)
+
+
+def _log_plan(vllm_config: VllmConfig, plan: ServerPlan) -> None:
+    """Say which heads stream, how blocks are laid out and what a long request saves."""
+    resolved = plan.resolved
+    logger.info(
+        "duo: pattern %s, %s %g (%s): %d of %d KV heads stream (%.1f %%), mask %s, "
+        "sink %d + recent %d tokens",
+        plan.pattern_name,
+        resolved.cut,
+        resolved.cut_value,
+        resolved.cut_source,
+        (~resolved.selection.retrieval).sum(),
+        resolved.selection.retrieval.size,
+        100 * resolved.selection.sparsity,
+        resolved.selection.mask_hash,
+        resolved.sink_size,
+        resolved.recent_size,
+    )
+    model = vllm_config.model_config
+    layout = plan.layout(
+        head_size=model.get_head_size(),
+        dtype_bytes=model.dtype.itemsize,
+        block_size=vllm_config.cache_config.block_size,
+        max_model_len=model.max_model_len,
+    )
+    tokens = min(DEFAULT_REFERENCE_TOKENS, model.max_model_len)
+    logger.info(
+        "duo: blocks of %d retrieval and %d streaming tokens in %d bin(s), %d bytes; a request of "
+        "%d tokens holds %.1f MiB (stock: %.1f MiB, %.2f x), waste %.1f %%",
+        layout.block_size,
+        layout.span.block_size,
+        len(layout.bins),
+        layout.block_bytes,
+        tokens,
+        layout.held_bytes(tokens) / 2**20,
+        layout.full_attention_bytes(tokens) / 2**20,
+        layout.full_attention_bytes(tokens) / layout.held_bytes(tokens),
+        100 * layout.waste(tokens),
+    )

@@ -1,0 +1,1 @@
+"""Quality checks: prompts whose answer is known, and later the scoring of a server on them."""
