@@ -47,12 +47,12 @@ def main() -> int:
             f"[dim]... {prompt.tokens} tokens; the key stands at token {prompt.key_tokens[0]}, "
             "far outside the 16 + 64 tokens that streaming heads keep[/dim]"
         )
-        answer, held = ask(server, prompt)
+        answer, held, generated = ask(server, prompt)
         right = is_correct(prompt, answer)
         console.print(
             f"pass key {prompt.answer}: [bold]{'found' if right else 'NOT FOUND'}[/bold]\n"
         )
-        report(prompt.tokens + len(prompt.answer) + 1, held)
+        report(prompt.tokens + generated, held)
         for line in server.log.read_text().splitlines():
             if "duo: pattern" in line:
                 console.print("[dim]" + line[line.index("duo: ") :] + "[/dim]", soft_wrap=True)
@@ -89,36 +89,42 @@ def haystack() -> PasskeyPrompt:
     )
 
 
-def ask(server: ServerProcess, prompt: PasskeyPrompt) -> tuple[str, dict[str, float]]:
-    """Stream the answer; returns it and the metrics read while the request was running."""
+def ask(server: ServerProcess, prompt: PasskeyPrompt) -> tuple[str, dict[str, float], int]:
+    """Stream the answer while reading the engine's metrics.
+
+    Returns:
+        The answer, the metrics read while the request was running, and the tokens it had generated
+        by then.
+    """
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     start = time.monotonic()
     stream = client.completions.create(
         model=str(MODEL),
         prompt=prompt.text,
-        max_tokens=90,
+        # The request has to live until its memory has been read, however slow the machine: it would
+        # go on for long, and is closed as soon as the answer is complete and the memory was read.
+        max_tokens=4000,
         temperature=0,
         stream=True,
-        # The answer takes a moment; the request has to live until its memory has been read.
         extra_body={"ignore_eos": True},
     )
-    answer, held, first = "", {}, None
+    answer, held, generated, first = "", {}, 0, None
     console.print("[bold]answer:[/bold]", end="")
-    for chunk in stream:
+    for chunks, chunk in enumerate(stream, 1):
         text = chunk.choices[0].text
         first = first or time.monotonic() - start
         if "." not in answer:
             answer += text
             console.print(text, end="", markup=False)
-        # The engine reports once a step; the step that made this token may still be on its way.
-        seen = server.metrics()
-        if total(seen, "held_bytes") > total(held, "held_bytes"):
-            held = seen
-        if "." in answer and held:
+        if not held:
+            # The engine reports after each step, so after the first chunk this may still be empty.
+            seen = server.metrics()
+            held, generated = (seen if total(seen, "held_bytes") else {}), chunks
+        if held and ("." in answer or chunks > 20):
             break
     stream.close()
     console.print(f"   [dim](first token after {first or 0:.1f} s)[/dim]")
-    return answer, held
+    return answer, held, generated
 
 
 def total(metrics: dict[str, float], name: str) -> float:

@@ -30,9 +30,12 @@ def test_demo_finds_the_key_and_reads_the_bytes_from_the_engine():
     assert re.search(r"pass key \d{5}: found", done.stdout)
     rows = dict(re.findall(r"│ (.*?) +│ +([\d,]+) │", done.stdout))
     held = {name: int(size.replace(",", "")) for name, size in rows.items()}
-    # 2,000 tokens: 16 retrieval and 2 streaming blocks of 128 tokens, 8 heads of 256 bytes a token.
+    tokens = int(re.search(r"this request of (\d+) tokens", done.stdout).group(1))
+    assert 1900 <= tokens <= 2048
+    # 16 retrieval and 2 streaming blocks of 128 tokens, 8 heads of 256 bytes a token.
     block = 8 * 128 * 256
-    assert held["duo, retrieval heads (read from the engine)"] == 16 * block
+    # The engine may be some tokens further than the client when it is read: a 17th block at most.
+    assert held["duo, retrieval heads (read from the engine)"] in (16 * block, 17 * block)
     assert held["duo, streaming heads (read from the engine)"] == 2 * block
     assert held["stock vLLM, all heads in full (by its block size)"] == 16 * 2 * block
     for step in (
