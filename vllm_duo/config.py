@@ -22,6 +22,7 @@ SECTION = "duo"
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SINK_SIZE = 64
 DEFAULT_RECENT_SIZE = 256
+DEFAULT_SNAPSHOT_INTERVAL = 1024
 # sink_size + recent_size + 1 fits in int32, the type of positions and table entries.
 MAX_SIZE_TOKENS = 2**30 - 1
 
@@ -40,6 +41,7 @@ _Share = Annotated[
 ]
 _SinkSize = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=0, le=MAX_SIZE_TOKENS)]
 _RecentSize = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1, le=MAX_SIZE_TOKENS)]
+_Interval = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1, le=MAX_SIZE_TOKENS)]
 
 _SIZE_CHECKS = {"sink_size": TypeAdapter(_SinkSize), "recent_size": TypeAdapter(_RecentSize)}
 _ALLOWED = {
@@ -48,6 +50,7 @@ _ALLOWED = {
     "threshold": "a number from 0 to 1",
     "sink_size": f"a whole number of tokens from 0 to {MAX_SIZE_TOKENS}",
     "recent_size": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
+    "snapshot_interval": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
 }
 
 
@@ -60,6 +63,8 @@ class DuoConfig(BaseModel):
         threshold: a head with this pattern value or above is a retrieval head.
         sink_size: tokens at the start that streaming heads keep.
         recent_size: most recent tokens that streaming heads keep, the current one included.
+        snapshot_interval: with prefix caching, tokens between the regular snapshots of streaming
+            heads, rounded up to whole blocks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +74,7 @@ class DuoConfig(BaseModel):
     threshold: _Share | None = None
     sink_size: _SinkSize | None = None
     recent_size: _RecentSize | None = None
+    snapshot_interval: _Interval = DEFAULT_SNAPSHOT_INTERVAL
 
     @model_validator(mode="after")
     def _refuse_two_cuts(self) -> Self:
@@ -103,6 +109,7 @@ class ResolvedDuo:
         selection: the retrieval and streaming heads.
         sink_size: tokens.
         recent_size: tokens.
+        snapshot_interval: tokens between the regular snapshots, with prefix caching.
         cut: which setting made the selection, and `cut_value` its value.
         cut_source: "setting" or "default"; likewise `sink_source` and `recent_source`, which may
             also be "pattern".
@@ -116,6 +123,7 @@ class ResolvedDuo:
     cut_source: Source
     sink_source: Source
     recent_source: Source
+    snapshot_interval: int = DEFAULT_SNAPSHOT_INTERVAL
 
 
 def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
@@ -134,15 +142,15 @@ def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
         "recent_size", config.recent_size, pattern, DEFAULT_RECENT_SIZE
     )
     sizes = (sink_size, recent_size)
-    sources = (sink_source, recent_source)
+    rest = (sink_source, recent_source, config.snapshot_interval)
     if (threshold := config.threshold) is not None:
         selection = pattern.select(threshold=threshold)
-        return ResolvedDuo(selection, *sizes, "threshold", threshold, "setting", *sources)
+        return ResolvedDuo(selection, *sizes, "threshold", threshold, "setting", *rest)
     if (sparsity := config.sparsity) is not None:
         selection = pattern.select(sparsity=sparsity)
-        return ResolvedDuo(selection, *sizes, "sparsity", sparsity, "setting", *sources)
+        return ResolvedDuo(selection, *sizes, "sparsity", sparsity, "setting", *rest)
     selection = pattern.select(sparsity=DEFAULT_SPARSITY)
-    return ResolvedDuo(selection, *sizes, "sparsity", DEFAULT_SPARSITY, "default", *sources)
+    return ResolvedDuo(selection, *sizes, "sparsity", DEFAULT_SPARSITY, "default", *rest)
 
 
 def _resolve_size(

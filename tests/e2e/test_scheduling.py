@@ -115,13 +115,3 @@ def test_all_retrieval_equals_stock_vllm(model, tmp_path):
         for mine, row in zip(ours.logprobs, theirs.logprobs, strict=True):
             for token in mine.keys() & row.keys():
                 assert mine[token] == pytest.approx(row[token], abs=1e-3)
-
-
-@pytest.mark.parametrize("prefix_caching", [True, False])
-def test_prefix_caching_flag_gives_no_wrong_hits(prefix_caching, model, pattern):
-    """The same prompt twice, and one that shares its start: a hit that a ring can't serve shows."""
-    prompts = prompts_of([700], seed=6)
-    prompts += [prompts[0], prompts[0][:600] + prompts[0][:50]]
-    with engine(model, pattern, enable_prefix_caching=prefix_caching) as running:
-        answers = [running.generate([prompt])[0] for prompt in prompts]
-    assert_right(model, prompts, answers)

@@ -59,13 +59,15 @@ def specs_of(layout: Layout) -> dict[str, RetrievalSpec | StreamingSpec]:
             )
         if streaming:
             specs[name + SUFFIX if retrieval else name] = StreamingSpec(
-                block_size=layout.span.block_size,
+                block_size=layout.block_size,
+                slots_per_block=layout.span.block_size,
                 num_kv_heads=streaming,
                 head_size=HEAD_SIZE,
                 dtype=torch.float32,
                 sink_size=layout.span.sink_size,
                 recent_size=layout.span.recent_size,
                 bin=layout.bin_of(layer),
+                num_bins=len(layout.bins),
             )
     return specs
 

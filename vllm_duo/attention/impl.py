@@ -20,7 +20,8 @@ from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.decode import decode
 from vllm_duo.ops.prefill import prefill
-from vllm_duo.ops.write_kv import write_kv
+from vllm_duo.ops.snapshot import copy_snapshots
+from vllm_duo.ops.write_kv import write_retrieval, write_streaming
 from vllm_duo.server_plan import ServerPlan, resolve_plan
 from vllm_duo.support import UNQUANTISED_CACHE_DTYPES
 
@@ -145,9 +146,14 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         assert self.heads is not None, "customize_spec checks that heads were split"
         caches = self._caches(kv_cache, attn_metadata)
         batch = attn_metadata.batch
+        # A request may resume at blocks that another one fills in this same step, so retrieval blocks
+        # and snapshots are written before anybody reads. The ring comes last: the chunk's first
+        # queries see keys that its last tokens overwrite.
+        write_retrieval(key, value, self.heads, caches, batch)
+        copy_snapshots(key, value, self.heads, caches, batch)
         decode(query, key, value, self.heads, caches, batch, self.scale, output)
         prefill(query, key, value, self.heads, caches, batch, self.scale, output)
-        write_kv(key, value, self.heads, caches, batch)
+        write_streaming(key, value, self.heads, caches, batch)
         return output
 
     def _caches(self, kv_cache: torch.Tensor, own: DuoMetadata) -> LayerCaches:
@@ -192,8 +198,10 @@ def _streaming_spec(layer: Attention, index: int, vllm_config: VllmConfig) -> St
         block_size=vllm_config.cache_config.block_size,
         max_model_len=vllm_config.model_config.max_model_len,
     )
+    plan = _plan_of(vllm_config)
     return StreamingSpec(
-        block_size=layout.span.block_size,
+        block_size=vllm_config.cache_config.block_size,
+        slots_per_block=layout.span.block_size,
         num_kv_heads=layout.shape.streaming_heads[index],
         head_size=layer.head_size,
         dtype=layer.kv_cache_torch_dtype,
@@ -201,4 +209,7 @@ def _streaming_spec(layer: Attention, index: int, vllm_config: VllmConfig) -> St
         recent_size=layout.span.recent_size,
         draft_size=layout.span.draft_size,
         bin=layout.bin_of(index),
+        num_bins=len(layout.bins),
+        snapshot_interval=plan.resolved.snapshot_interval,
+        max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
 
+from vllm_duo.kv_cache.orders import SnapshotOrder
 from vllm_duo.kv_cache.spec import StreamingSpec
-from vllm_duo.ops.batch import Batch, PagedTable, RingTable
+from vllm_duo.ops.batch import Batch, PagedTable, RingTable, SnapshotCopy
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -82,12 +85,66 @@ class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
         if isinstance(spec, StreamingSpec):
             return RingTable(
                 common.block_table_tensor,
-                spec.block_size,
+                spec.slots_per_block,
                 spec.sink_size,
                 spec.recent_size,
                 spec.span.ring_size,
+                _copies(spec.bin, self.device),
             )
         return PagedTable(common.block_table_tensor, spec.block_size)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Snapshot orders of the step being run, and the batch's rows once they are known."""
+
+    orders: Sequence[SnapshotOrder]
+    rows: Callable[[], Mapping[str, int]]
+
+
+_step: _Step | None = None
+
+
+@contextmanager
+def step_orders(
+    orders: Sequence[SnapshotOrder], rows: Callable[[], Mapping[str, int]]
+) -> Iterator[None]:
+    """Run a step that carries snapshot orders.
+
+    Args:
+        orders: of the step, in the scheduler's order.
+        rows: gives the batch's row of each request once the batch is made.
+    """
+    global _step
+    _step = _Step(orders, rows)
+    try:
+        yield
+    finally:
+        _step = None
+
+
+def _copies(bin: int, device: torch.device) -> tuple[SnapshotCopy, ...]:
+    """The step's copies in one bin.
+
+    Raises:
+        RuntimeError: an order names a request that is not in the batch.
+    """
+    if _step is None:
+        return ()
+    rows = _step.rows()
+    copies = []
+    for order in _step.orders:
+        if order.bin != bin:
+            continue
+        row = rows.get(order.request_id)
+        if row is None:
+            raise RuntimeError(
+                f"a snapshot order names request {order.request_id}, which is not in the batch; this "
+                "is a defect of vllm-duo, please report it with the server's flags"
+            )
+        blocks = torch.tensor(order.blocks, dtype=torch.int64, device=device)
+        copies.append(SnapshotCopy(order.store, row, order.num_tokens, blocks))
+    return tuple(copies)
 
 
 def make_batch(common: CommonAttentionMetadata) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 
 def install() -> None:
     """Arrange every patch; safe to call again, and cheap: heavy modules are patched as they load."""
@@ -10,6 +12,7 @@ def install() -> None:
         kv_cache_groups,
         scheduler_stats,
         slot_mapping,
+        snapshot_orders,
         spec_registry,
         stat_loggers,
     )
@@ -18,6 +21,20 @@ def install() -> None:
     cpu_platform.patch()
     after_import("vllm.v1.core.single_type_kv_cache_manager", spec_registry.patch)
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
-    after_import("vllm.v1.core.sched.scheduler", scheduler_stats.patch)
+    after_import(
+        "vllm.v1.core.sched.scheduler", _all(scheduler_stats.patch, snapshot_orders.patch_scheduler)
+    )
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)
-    after_import("vllm.v1.worker.gpu_model_runner", slot_mapping.patch)
+    after_import(
+        "vllm.v1.worker.gpu_model_runner", _all(slot_mapping.patch, snapshot_orders.patch_runner)
+    )
+
+
+def _all(*patches: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    """One patch of a module out of several."""
+
+    def patch(module: ModuleType) -> None:
+        for each in patches:
+            each(module)
+
+    return patch

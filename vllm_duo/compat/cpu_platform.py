@@ -83,14 +83,6 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         return
     check_supported(vllm_config)
     plan = resolve_plan(vllm_config)
-    cache = vllm_config.cache_config
-    if cache.enable_prefix_caching:
-        # A ring cannot serve a hit (its blocks are overwritten), so caching would only cost.
-        logger.warning(
-            "duo: prefix caching is switched off: this release keeps streaming heads in an in-place "
-            "ring, which cannot serve prefix hits"
-        )
-        cache.enable_prefix_caching = False
     _log_plan(vllm_config, plan)
 
 

@@ -153,12 +153,17 @@ class HeadPattern:
         write_folder(Path(path), self.values, self.metadata)
 
     def select(
-        self, *, sparsity: float | None = None, threshold: float | None = None
+        self,
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        balance_ranks: int = 1,
     ) -> HeadSelection:
         """Cut the heads into retrieval and streaming; pass exactly one of the two settings.
 
         Values are clipped to [0, 1] first. Example: at sparsity 0.5, 3 layers x 3 heads stream
-        floor(0.5 * 9 + 0.5) = 5 heads.
+        floor(0.5 * 9 + 0.5) = 5 heads. Balanced over 2 ranks, 3 layers x 4 heads stream
+        floor(0.5 * 6 + 0.5) = 3 of heads 0 and 1 of all layers, and 3 of heads 2 and 3.
 
         Args:
             sparsity: share of the KV heads that stream, in [0, 1]: exactly
@@ -166,17 +171,29 @@ class HeadPattern:
                 values the next one comes from the layer with most retrieval heads left, then the
                 lower layer, then the lower head.
             threshold: in [0, 1]; a head with this value or above is a retrieval head.
+            balance_ranks: tensor-parallel size over which the streaming heads are balanced: each
+                rank's own heads are cut as above, so that all ranks stream the same share and none
+                holds more memory than another. 1 (the default) cuts all heads together. With more
+                ranks than KV heads, which vLLM then copies, every head of a layer is its own part.
 
         Raises:
-            ValueError: neither or both are given, or one is not a number in [0, 1].
+            ValueError: neither or both are given, or one is not a number in [0, 1];
+                `balance_ranks` comes with a threshold or does not divide the KV heads (nor they it).
         """
         clipped = np.clip(self.values, 0.0, 1.0)
         if sparsity is not None and threshold is None:
             _check_share("sparsity", sparsity)
-            num_streaming = math.floor(float(sparsity) * clipped.size + 0.5)
-            return HeadSelection(_keep_highest(clipped, num_streaming))
+            parts = np.split(clipped, _count_parts(balance_ranks, self.num_kv_heads), axis=1)
+            num_streaming = math.floor(float(sparsity) * parts[0].size + 0.5)
+            masks = [_keep_highest(part, num_streaming) for part in parts]
+            return HeadSelection(np.concatenate(masks, axis=1))
         if threshold is not None and sparsity is None:
             _check_share("threshold", threshold)
+            if balance_ranks != 1:
+                raise ValueError(
+                    f"balance_ranks: expected 1 with a threshold, got {balance_ranks}: a threshold "
+                    "streams no fixed share; pass sparsity instead"
+                )
             return HeadSelection(clipped >= float(threshold))
         got = "neither" if sparsity is None else "both"
         raise ValueError(
@@ -224,6 +241,16 @@ def _keep_highest(clipped: npt.NDArray[np.float64], num_streaming: int) -> npt.N
         head = int(tied[layer].argmax())
         retrieval[layer, head] = tied[layer, head] = False
     return retrieval
+
+
+def _count_parts(balance_ranks: int, num_kv_heads: int) -> int:
+    """Parts of a layer's KV heads that lie on different ranks."""
+    if balance_ranks < 1 or (num_kv_heads % balance_ranks and balance_ranks % num_kv_heads):
+        raise ValueError(
+            f"balance_ranks: expected a tensor-parallel size that divides the {num_kv_heads} KV "
+            f"heads, or is a multiple of them, got {balance_ranks}: choose another"
+        )
+    return min(balance_ranks, num_kv_heads)
 
 
 def _check_share(name: str, value: object) -> None:

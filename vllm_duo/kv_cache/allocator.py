@@ -33,9 +33,9 @@ class Pool(Protocol):
 class RingAllocator:
     """Claims the sink and ring blocks of each request and overwrites them in place.
 
-    A table's first ``span.sink_blocks`` entries hold the sink, the rest is the ring: the token at
-    position ``p >= sink_size`` lives in ring slot ``(p - sink_size) % ring_size``. Tables only grow,
-    to ``span.max_blocks`` at most, so a request costs the same from then on, at any length.
+    A table is one run of slots: the token at position ``p < sink_size`` lives in slot ``p``, a later
+    one in slot ``sink_size + (p - sink_size) % ring_size``. Tables only grow, to ``span.max_blocks``
+    at most, so a request costs the same from then on, at any length.
 
     Args:
         span: what a streaming head keeps.
@@ -46,6 +46,8 @@ class RingAllocator:
         self.span = span
         self.pool = pool
         self.tables: defaultdict[str, list[Block]] = defaultdict(list)
+        self._max_blocks = span.max_blocks
+        self._held = 0
 
     def missing_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks that ``claim`` would take for a request of ``num_tokens`` tokens.
@@ -54,6 +56,8 @@ class RingAllocator:
         1 + 1 = 2 blocks; the same at 13 tokens, holding 2, misses 1; at 1,000 tokens, holding 3, 0.
         """
         held = len(self.tables.get(request_id, ()))
+        if held == self._max_blocks:
+            return 0
         return max(self.span.blocks(num_tokens) - held, 0)
 
     def claim(self, request_id: str, num_tokens: int) -> list[Block]:
@@ -65,27 +69,34 @@ class RingAllocator:
         missing = self.missing_blocks(request_id, num_tokens)
         if missing == 0:
             return []
-        # The sink's blocks all come before the ring's first, whatever the chunks: a request has
-        # tokens beyond the sink only when the sink is full.
         new = list(self.pool.get_new_blocks(missing))
         self.tables[request_id].extend(new)
+        self._held += missing
         return new
 
     def pop(self, request_id: str) -> list[Block]:
         """Forget a request and return its blocks, still owned by the caller."""
-        return self.tables.pop(request_id, [])
+        table = self.tables.pop(request_id, [])
+        self._held -= len(table)
+        return table
+
+    def growing_blocks(self) -> int:
+        """Blocks that the tables may still grow by, together."""
+        return len(self.tables) * self._max_blocks - self.held_blocks()
 
     def held_blocks(self) -> int:
         """Blocks held by all requests together."""
-        return sum(len(table) for table in self.tables.values())
+        return self._held
 
     def check_integrity(self) -> None:
         """Check the ring's invariants.
 
         Raises:
             RuntimeError: a table is longer than the formula allows, names the null block, a free
-                block or a block twice.
+                block or a block twice, or the count of held blocks is wrong.
         """
+        if self._held != sum(map(len, self.tables.values())):
+            raise RuntimeError(f"the tables do not hold {self._held} streaming blocks")
         seen: set[int] = set()
         for request_id, table in self.tables.items():
             if len(table) > self.span.max_blocks:

@@ -1,21 +1,36 @@
 """How much memory each head class takes: pure arithmetic, without vLLM or torch.
 
-Terms (see ``docs/design.md``): ``R`` retrieval and ``S`` streaming KV heads of a layer, ``P_r`` and
-``P_s`` tokens per block of each class, ``D`` head size. One pool serves both classes, so a block
-has the bytes of the widest group of layers; streaming layers are split into bins no wider than the
-retrieval group where they can be.
+Terms (see ``docs/design.md`` and ``docs/memory.md``): ``R`` retrieval and ``S`` streaming KV heads
+of a layer, ``P_r`` and ``P_s`` tokens per block of each class, ``D`` head size. One pool serves
+both classes, so a block has the bytes of the widest group of layers. The streaming layers are split
+into bins, one block table each, and ``P_s`` is what fills a block with a bin's heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from vllm_duo.kv_cache.packing import Bins, least_capacity, spread_ranks
 
 DEFAULT_REFERENCE_TOKENS = 32_768
 """Request length, in tokens, at which ``plan_layout`` compares the candidates."""
 
-MIN_STREAMING_BLOCK_TOKENS = 8
-"""Smaller streaming blocks would only lengthen the tables."""
+HELD_TOLERANCE = 0.0025
+"""Held bytes at the reference length that one bin less may cost, as a share.
+
+Streaming bytes do not grow with the request, so a share of 0.25 % at 32,768 tokens is at most 2 %
+at 4,096: the waste there stays within its 3 % with room for the rounding to whole blocks.
+"""
+
+MAX_BINS = 16
+"""Most bins of a layout. Each is a KV cache group that the scheduler and the workers walk through
+in every step; only patterns with hardly any retrieval heads would fill more."""
+
+ANY_LENGTH = sys.maxsize
+"""Tokens of the longest request where no length is too long: without retrieval heads."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -58,29 +73,43 @@ class StreamingSpan:
         return self.recent_size + self.draft_size
 
     @property
-    def sink_blocks(self) -> int:
-        """Blocks of the sink part, in blocks."""
-        return cdiv(self.sink_size, self.block_size)
+    def slots(self) -> int:
+        """Slots of a request's run, sink and ring, in tokens.
+
+        Worked example: sink 64, recent 256, 4 drafts: 64 + 260 = 324 slots.
+        """
+        return self.sink_size + self.ring_size
 
     @property
     def max_blocks(self) -> int:
-        """Upper bound of a request's streaming blocks at any length.
+        """Upper bound of a request's streaming blocks in one bin at any length.
 
-        Worked example: sink 64, recent 256, ``P_s`` 16, no drafts: 4 + 16 = 20 blocks.
+        Worked example: sink 64, recent 256, ``P_s`` 16, no drafts: 320 / 16 = 20 blocks. ``P_s`` 48:
+        7 blocks (336 tokens, 16 of them never used). ``P_s`` 320: 1 block.
         """
-        return self.sink_blocks + cdiv(self.ring_size, self.block_size)
+        return cdiv(self.slots, self.block_size)
+
+    def slot(self, position: int) -> int:
+        """Slot of the run that holds the token at a position.
+
+        Worked example: sink 64, recent 256: position 63 is in slot 63, 64 in 64, 319 in 319, and 320
+        overwrites slot 64.
+        """
+        if position < self.sink_size:
+            return position
+        return self.sink_size + (position - self.sink_size) % self.ring_size
 
     def blocks(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds in one bin.
 
-        Blocks are claimed as positions arrive, the sink's first.
+        The run is cut into blocks without regard to where the sink ends, and blocks are claimed as
+        positions arrive, so there are never more than ``ceil(min(n, sink) / P_s) +
+        ceil(min(max(n - sink, 0), recent + drafts) / P_s)``.
 
         Worked example: sink 64, recent 256, ``P_s`` 16. 10 tokens: 1 block. 64 tokens: 4. 65 tokens:
-        4 + 1 = 5. 320 tokens: 4 + 16 = 20. 1,000,000 tokens: 20.
+        5. 320 tokens: 20. 1,000,000 tokens: 20. With ``P_s`` 128, 320 tokens: 3.
         """
-        sink = min(num_tokens, self.sink_size)
-        ring = min(max(num_tokens - self.sink_size, 0), self.ring_size)
-        return cdiv(sink, self.block_size) + cdiv(ring, self.block_size)
+        return cdiv(min(num_tokens, self.slots), self.block_size)
 
     def kept_tokens(self, num_tokens: int) -> int:
         """Tokens of a request of ``num_tokens`` that later queries can see, in tokens.
@@ -92,7 +121,7 @@ class StreamingSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class KVShape:
-    """A model's KV heads by class, per layer.
+    """The KV heads of one tensor-parallel rank by class, per layer.
 
     Attributes:
         retrieval_heads: ``R`` of each layer.
@@ -113,40 +142,124 @@ class KVShape:
                 f"{len(self.streaming_heads)}: both need one entry per layer"
             )
 
+    @classmethod
+    def split(
+        cls,
+        retrieval: Iterable[Iterable[bool]],
+        *,
+        head_size: int,
+        dtype_bytes: int,
+        tensor_parallel_size: int = 1,
+    ) -> tuple[KVShape, ...]:
+        """The shape of every rank, with the heads where vLLM puts them.
+
+        KV head ``h`` of ``Hkv`` lives on rank ``h // (Hkv / tp)``; with more ranks than heads, rank
+        ``r`` has a copy of head ``r * Hkv // tp``.
+
+        Args:
+            retrieval: [L, Hkv], true for a retrieval head (``HeadSelection.retrieval``).
+            head_size: ``D``, in elements.
+            dtype_bytes: bytes of one cache element.
+            tensor_parallel_size: ranks.
+
+        Raises:
+            ValueError: layers of unequal width, or neither of ranks and heads divides the other.
+
+        Worked example: a layer (1, 0, 0, 0) on two ranks: R = 1, S = 1 and R = 0, S = 2. On eight
+        ranks: the first two have R = 1, the other six S = 1.
+        """
+        mask = [[bool(head) for head in layer] for layer in retrieval]
+        sizes = sorted({len(layer) for layer in mask})
+        if len(sizes) != 1:
+            raise ValueError(
+                f"retrieval mask: expected as many KV heads in every layer, got {sizes}: pass one "
+                "flag per KV head"
+            )
+        ranks, heads = tensor_parallel_size, sizes[0]
+        if ranks < 1 or heads < 1 or (heads % ranks and ranks % heads):
+            raise ValueError(
+                f"{heads} KV heads cannot be split over {ranks} ranks: expected that one divides "
+                "the other; choose another tensor-parallel size"
+            )
+        shapes = []
+        for rank in range(ranks):
+            first = rank * heads // ranks
+            own = [layer[first : first + max(heads // ranks, 1)] for layer in mask]
+            shapes.append(
+                cls(
+                    retrieval_heads=tuple(sum(layer) for layer in own),
+                    streaming_heads=tuple(len(layer) - sum(layer) for layer in own),
+                    head_size=head_size,
+                    dtype_bytes=dtype_bytes,
+                )
+            )
+        return tuple(shapes)
+
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in one KV head."""
         return 2 * self.head_size * self.dtype_bytes
+
+    @property
+    def num_retrieval(self) -> int:
+        """Retrieval heads of all layers."""
+        return sum(self.retrieval_heads)
+
+    @property
+    def num_streaming(self) -> int:
+        """Streaming heads of all layers."""
+        return sum(self.streaming_heads)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Block sizes, bins and block bytes of one pool for both classes.
 
+    There is one scheduler and one block table for all tensor-parallel ranks: block sizes, bins and
+    block counts are those of every rank. All bytes are per rank.
+
     Attributes:
-        shape: the KV heads that are laid out.
+        ranks: the KV heads that are laid out, by tensor-parallel rank.
         block_size: tokens per retrieval block (``P_r``, vLLM's ``--block-size``).
         span: what streaming heads keep, and ``P_s``.
         bins: per bin, the indices of the layers whose streaming heads share its block table.
-        block_bytes: bytes of one pool block, that of the widest group.
+        block_bytes: bytes of one pool block, that of the widest group on any rank.
     """
 
-    shape: KVShape
+    ranks: tuple[KVShape, ...]
     block_size: int
     span: StreamingSpan
-    bins: tuple[tuple[int, ...], ...]
+    bins: Bins
     block_bytes: int
 
     @property
+    def shape(self) -> KVShape:
+        """The KV heads, where there is only one rank.
+
+        Raises:
+            ValueError: there are several ranks.
+        """
+        if len(self.ranks) != 1:
+            raise ValueError(
+                f"the layout has {len(self.ranks)} ranks, expected one: name it (layout.ranks[rank])"
+            )
+        return self.ranks[0]
+
+    @cached_property
     def has_retrieval(self) -> bool:
-        """Whether any layer has a retrieval head."""
-        return any(self.shape.retrieval_heads)
+        """Whether any layer of any rank has a retrieval head."""
+        return any(rank.num_retrieval for rank in self.ranks)
+
+    @property
+    def num_groups(self) -> int:
+        """KV cache groups: that of the retrieval heads, if there are any, and the bins."""
+        return self.has_retrieval + len(self.bins)
 
     def bin_of(self, layer: int) -> int:
         """Bin of a layer's streaming heads.
 
         Raises:
-            KeyError: the layer has no streaming heads.
+            KeyError: the layer has no streaming heads on any rank.
         """
         for index, layers in enumerate(self.bins):
             if layer in layers:
@@ -157,7 +270,7 @@ class Layout:
         """Pool blocks that a request of ``num_tokens`` tokens holds, both classes.
 
         Worked example: Llama-3.1-8B at 50 %, ``P_r`` = ``P_s`` = 128, one bin, sink 64, recent 256:
-        32,768 tokens hold 256 retrieval blocks and 1 + 2 = 3 streaming blocks, 259 in all.
+        32,768 tokens hold 256 retrieval blocks and ceil(320 / 128) = 3 streaming blocks, 259 in all.
         """
         retrieval = cdiv(num_tokens, self.block_size) if self.has_retrieval else 0
         return retrieval + len(self.bins) * self.span.blocks(num_tokens)
@@ -167,78 +280,115 @@ class Layout:
         return self.blocks(num_tokens) * self.block_bytes
 
     def needed_bytes(self, num_tokens: int) -> int:
-        """Bytes that a request of ``num_tokens`` tokens must keep, whatever the blocks."""
-        kept = self.span.kept_tokens(num_tokens)
-        tokens = sum(self.shape.retrieval_heads) * num_tokens
-        return (tokens + sum(self.shape.streaming_heads) * kept) * self.shape.token_bytes
+        """Bytes that a request of ``num_tokens`` tokens must keep, whatever the blocks.
+
+        With several ranks, of the rank that must keep most.
+
+        Worked example: R = 3 and S = 5 heads in all, sink 64, recent 256, D = 128, 2 bytes: 1,000
+        tokens are (3 * 1,000 + 5 * 320) * 512 bytes = 2,355,200 bytes.
+        """
+        return max(self._needed_bytes(rank, num_tokens) for rank in self.ranks)
 
     def waste(self, num_tokens: int) -> float:
         """Share of the held bytes that the rule does not need, the last block's rest excluded.
 
-        Worked example: one layer, R = S = 1, ``P_r`` = ``P_s`` = 16, sink 16, recent 16: at 64 tokens
-        4 retrieval and 2 streaming blocks are held and all of both is needed, so 0.
+        Excluded are the tokens that a growing request has yet to write: the rest of the last
+        retrieval block, and the rest of each bin's last streaming block while the run still grows
+        (fewer than ``slots`` tokens). Counted are blocks wider than their group, the rest of a full
+        run's last block, slots for drafts, and, with several ranks, whatever is held beyond the
+        needs of the rank that needs most.
+
+        Worked examples, one layer with R = S = 1, ``P_r`` = ``P_s`` = 16, sink 16, recent 16. 64
+        tokens: 4 retrieval and 2 streaming blocks, all of both needed, so 0. 65 tokens: 15 tokens'
+        rest of the fifth retrieval block is excluded, so 0. Sink 16, recent 24: 40 of 48 slots are
+        needed, so 8 / (64 + 48) = 7.1 % at 64 tokens; at 33 tokens the run still grows, so 0.
         """
+        if num_tokens == 0:
+            return 0.0
+        rank = max(self.ranks, key=lambda shape: self._needed_bytes(shape, num_tokens))
         rounding = 0
         if self.has_retrieval:
             rest = cdiv(num_tokens, self.block_size) * self.block_size - num_tokens
-            rounding = rest * sum(self.shape.retrieval_heads) * self.shape.token_bytes
-        return 1.0 - self.needed_bytes(num_tokens) / (self.held_bytes(num_tokens) - rounding)
+            rounding += rest * rank.num_retrieval
+        if num_tokens < self.span.slots:
+            rest = self.span.blocks(num_tokens) * self.span.block_size - num_tokens
+            rounding += rest * rank.num_streaming
+        held = self.held_bytes(num_tokens) - rounding * rank.token_bytes
+        return 1.0 - self._needed_bytes(rank, num_tokens) / held
+
+    def num_blocks(self, pool_bytes: int) -> int:
+        """Blocks of a pool, vLLM's null block among them.
+
+        Worked example: 10,500 bytes in blocks of 1,000 bytes: 10 blocks.
+        """
+        return pool_bytes // self.block_bytes
 
     def concurrent_requests(self, pool_bytes: int, num_tokens: int) -> float:
-        """Requests of ``num_tokens`` tokens that fit a pool, vLLM's null block taken off.
+        """Requests of ``num_tokens`` (1 or more) tokens that fit a pool, its null block taken off.
 
         Worked example: a pool of 1,001 blocks and requests of 10 blocks: 1,000 / 10 = 100.0.
         """
-        return (pool_bytes // self.block_bytes - 1) / self.blocks(num_tokens)
+        return max(self.num_blocks(pool_bytes) - 1, 0) / self.blocks(num_tokens)
+
+    def max_request_tokens(self, num_blocks: int) -> int:
+        """Tokens of the longest request that fits ``num_blocks`` blocks, the null block taken off.
+
+        Without retrieval heads a request that fits at ``slots`` tokens fits at any length:
+        ``ANY_LENGTH``.
+
+        Worked example: R = S = 1, ``P_r`` = ``P_s`` = 16, sink 16, recent 16, 7 blocks. One is
+        vLLM's; 6 hold 2 streaming and 4 retrieval blocks, so 64 tokens.
+        """
+        usable = num_blocks - 1
+        if not self.has_retrieval and self.blocks(self.span.slots) <= usable:
+            return ANY_LENGTH
+        fits, too_long = 0, max(usable, 0) * self.block_size + self.span.slots + 1
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.blocks(middle) <= usable:
+                fits = middle
+            else:
+                too_long = middle
+        return fits
+
+    @cached_property
+    def full_attention(self) -> Layout:
+        """What stock vLLM makes of the same heads: all of them paged, in blocks of ``P_r`` tokens.
+
+        Worked example: ``layout.full_attention.max_request_tokens(num_blocks)`` is stock's longest
+        request in as many blocks of its own size.
+        """
+        ranks = tuple(
+            KVShape(
+                retrieval_heads=tuple(
+                    r + s for r, s in zip(rank.retrieval_heads, rank.streaming_heads, strict=True)
+                ),
+                streaming_heads=(0,) * len(rank.streaming_heads),
+                head_size=rank.head_size,
+                dtype_bytes=rank.dtype_bytes,
+            )
+            for rank in self.ranks
+        )
+        heads = max(rank.num_retrieval for rank in ranks)
+        return Layout(
+            ranks=ranks,
+            block_size=self.block_size,
+            span=self.span,
+            bins=(),
+            block_bytes=heads * self.block_size * ranks[0].token_bytes,
+        )
 
     def full_attention_bytes(self, num_tokens: int) -> int:
         """Bytes that stock vLLM holds for a request of ``num_tokens`` tokens, all heads paged."""
-        heads = sum(self.shape.retrieval_heads) + sum(self.shape.streaming_heads)
-        blocks = cdiv(num_tokens, self.block_size)
-        return blocks * self.block_size * heads * self.shape.token_bytes
+        return self.full_attention.held_bytes(num_tokens)
 
-
-def pack_bins(widths: Sequence[int], capacity: int) -> tuple[tuple[int, ...], ...]:
-    """Pack layers into bins by first-fit decreasing.
-
-    Args:
-        widths: width of each layer; layers of width 0 go to no bin.
-        capacity: widest allowed bin; at least the widest layer.
-
-    Returns:
-        Per bin, its layer indices in ascending order.
-
-    Worked example: widths (3, 0, 2, 1, 2) and capacity 4 give bins (0, 3) and (2, 4).
-    """
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for layer in sorted(range(len(widths)), key=lambda index: (-widths[index], index)):
-        if widths[layer] == 0:
-            continue
-        for index, room in enumerate(free):
-            if widths[layer] <= room:
-                bins[index].append(layer)
-                free[index] -= widths[layer]
-                break
-        else:
-            bins.append([layer])
-            free.append(capacity - widths[layer])
-    return tuple(tuple(sorted(layers)) for layers in bins)
-
-
-def streaming_block_sizes(block_size: int) -> Iterator[int]:
-    """Candidates for ``P_s``: the divisors of ``P_r`` from 8 tokens on, largest first.
-
-    A divisor keeps the hashes of both classes aligned.
-    """
-    for size in range(block_size, 0, -1):
-        small = size < MIN_STREAMING_BLOCK_TOKENS and size != block_size
-        if block_size % size == 0 and not small:
-            yield size
+    def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:
+        kept = self.span.kept_tokens(num_tokens)
+        return (rank.num_retrieval * num_tokens + rank.num_streaming * kept) * rank.token_bytes
 
 
 def plan_layout(
-    shape: KVShape,
+    shape: KVShape | Sequence[KVShape],
     *,
     block_size: int,
     sink_size: int,
@@ -246,36 +396,185 @@ def plan_layout(
     draft_size: int = 0,
     reference_tokens: int = DEFAULT_REFERENCE_TOKENS,
 ) -> Layout:
-    """Choose ``P_s`` and the bins so that a request of ``reference_tokens`` holds the fewest bytes.
+    """Choose ``P_s`` and the bins so that a request holds few bytes in few bins.
+
+    First come the layouts with which a request of any length holds at most what stock vLLM would
+    and one block a group (with ranks that differ: what stock would for the most retrieval and the
+    most streaming heads of any rank). Where none exists (say S = 8 heads in the only layer, R = 1
+    and ``P_r`` = 1, so that a block holds one token of either) all are taken. Of those within
+    ``HELD_TOLERANCE`` of the least bytes at ``reference_tokens``, that with the fewest bins is
+    chosen, then with the least bytes, then with the largest ``P_s``.
 
     Args:
-        shape: KV heads by class.
+        shape: KV heads by class; of each rank (``KVShape.split``) under tensor parallelism.
         block_size: ``P_r``, in tokens.
         sink_size: sink tokens of the streaming heads.
         recent_size: recent tokens of the streaming heads.
         draft_size: speculative tokens that may be rolled back.
-        reference_tokens: request length to compare at, in tokens.
+        reference_tokens: request length to compare at, in tokens: pass max-model-len if that is
+            shorter.
 
-    Returns:
-        The layout with the least held bytes; among equals the one with the larger ``P_s``.
+    Raises:
+        ValueError: no heads at all, no ranks, ranks of different models, or an impossible size.
+
+    Worked example: R = 64 and S = 192 heads, 16 tokens a block, sink 64, recent 256. A block is
+    64 * 16 = 1,024 tokens of a head and the run 192 * 320 = 60 blocks' worth. One bin has
+    ``P_s`` = 1,024 // 192 = 5 and 64 blocks a run, so that 320 tokens would hold 20 + 64 blocks,
+    two more than stock's 80 and one a group. Three bins of 64 heads have ``P_s`` = 16 and 20 blocks
+    each, 60 in all.
     """
-    best: Layout | None = None
-    for size in streaming_block_sizes(block_size):
-        span = StreamingSpan(
-            sink_size=sink_size, recent_size=recent_size, draft_size=draft_size, block_size=size
+    ranks = (shape,) if isinstance(shape, KVShape) else tuple(shape)
+    _check_ranks(ranks)
+    slots = StreamingSpan(
+        sink_size=sink_size, recent_size=recent_size, draft_size=draft_size, block_size=1
+    ).slots
+    if block_size < 1 or reference_tokens < 1:
+        raise ValueError(
+            f"expected a block_size and reference_tokens of at least 1 token, got {block_size} and "
+            f"{reference_tokens}"
         )
-        widths = [heads * size * shape.token_bytes for heads in shape.streaming_heads]
-        retrieval = sum(shape.retrieval_heads) * block_size * shape.token_bytes
-        # Without retrieval heads nothing bounds a bin: one bin, as wide as all its layers.
-        capacity = max(retrieval, max(widths)) if retrieval else sum(widths)
-        layout = Layout(
-            shape=shape,
-            block_size=block_size,
-            span=span,
-            bins=pack_bins(widths, capacity),
-            block_bytes=capacity,
+    choice = _Search(ranks, block_size, slots, reference_tokens).best()
+    return Layout(
+        ranks=ranks,
+        block_size=block_size,
+        span=StreamingSpan(
+            sink_size=sink_size,
+            recent_size=recent_size,
+            draft_size=draft_size,
+            block_size=choice.streaming_block,
+        ),
+        bins=choice.bins,
+        block_bytes=choice.block_heads * ranks[0].token_bytes,
+    )
+
+
+def _check_ranks(ranks: tuple[KVShape, ...]) -> None:
+    kinds = {(rank.head_size, rank.dtype_bytes, len(rank.retrieval_heads)) for rank in ranks}
+    if len(kinds) != 1:
+        raise ValueError(
+            "expected one shape per rank, all of one head_size, dtype_bytes and number of layers, "
+            f"got {len(ranks)} ranks with {sorted(kinds)}: use KVShape.split"
         )
-        if best is None or layout.held_bytes(reference_tokens) < best.held_bytes(reference_tokens):
-            best = layout
-    assert best is not None, "block_size divides itself, so there is a candidate"
-    return best
+    if not any(rank.num_retrieval or rank.num_streaming for rank in ranks):
+        raise ValueError("expected at least one KV head, got none: pass the heads of every layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """A candidate. ``block_heads``: tokens of one head in a pool block; ``held``: the same unit."""
+
+    bins: Bins
+    streaming_block: int
+    block_heads: int
+    held: int
+
+
+class _Search:
+    """All layouts worth a look, measured in tokens of one head instead of bytes.
+
+    For a number of bins only the narrowest packing counts, since its blocks hold most tokens; for
+    blocks as wide as the retrieval group only the largest ``P_s``. Wider blocks are tried too: they
+    pay where retrieval heads are few.
+    """
+
+    def __init__(
+        self, ranks: tuple[KVShape, ...], block_size: int, slots: int, reference_tokens: int
+    ) -> None:
+        self.streaming = [rank.streaming_heads for rank in ranks]
+        self.most_retrieval = max(rank.num_retrieval for rank in ranks)
+        self.most_streaming = max(rank.num_streaming for rank in ranks)
+        totals = {(rank.num_retrieval, rank.num_streaming) for rank in ranks}
+        self.are_alike = len(totals) == 1
+        self.block_size = block_size
+        self.slots = slots
+        self.reach = min(slots, reference_tokens)
+        self.retrieval_blocks = cdiv(reference_tokens, block_size)
+        self.retrieval_width = self.most_retrieval * block_size
+        self.stock_width = self.retrieval_width + self.most_streaming * block_size
+        self.widest_layer = max(max(widths, default=0) for widths in self.streaming)
+
+    def best(self) -> _Choice:
+        """The candidate to take, as ``plan_layout`` describes it."""
+        if not self.most_retrieval or not self.most_streaming:
+            return self._of_one_class()
+        within: list[_Choice] = []
+        others: list[_Choice] = []
+        least = sys.maxsize
+        for num_bins in range(1, min(len(self.streaming[0]), MAX_BINS) + 1):
+            narrowest = max(least_capacity(widths, num_bins) for widths in self.streaming)
+            if self._least_held(num_bins, narrowest) >= least:
+                continue
+            bins = spread_ranks(self.streaming, num_bins)
+            for choice in self._candidates(bins):
+                if choice.held > least * (1 + HELD_TOLERANCE):
+                    continue
+                if not self.are_alike or self._is_within_stock(choice):
+                    within.append(choice)
+                    least = min(least, choice.held)
+                else:
+                    others.append(choice)
+            if len(bins) < num_bins or self._width(bins) == self.widest_layer:
+                break  # more bins would be no narrower
+        candidates = within or others
+        most = min(choice.held for choice in candidates) * (1 + HELD_TOLERANCE)
+        return min(
+            (choice for choice in candidates if choice.held <= most),
+            key=lambda choice: (len(choice.bins), choice.held, -choice.streaming_block),
+        )
+
+    def _of_one_class(self) -> _Choice:
+        """One bin of all layers, or none; a run of as many blocks as stock's, and evenly cut.
+
+        Worked example: no retrieval heads, 320 slots, ``P_r`` 128: 3 blocks of 107 tokens.
+        """
+        streaming_block = cdiv(self.slots, cdiv(self.slots, self.block_size))
+        bins = spread_ranks(self.streaming, 1) if self.most_streaming else ()
+        width = max(self.retrieval_width, self.most_streaming * streaming_block)
+        return _Choice(bins=bins, streaming_block=streaming_block, block_heads=width, held=0)
+
+    def _width(self, bins: Bins) -> int:
+        """Heads of the widest bin, on the rank where it is widest."""
+        return max(
+            sum(widths[layer] for layer in layers) for widths in self.streaming for layers in bins
+        )
+
+    def _candidates(self, bins: Bins) -> Iterator[_Choice]:
+        """Every ``P_s`` for these bins, from the largest that needs no wider blocks."""
+        width = self._width(bins)
+        first = min(self.slots, self.retrieval_width // width)
+        last = min(self.slots, self.stock_width // width)
+        for streaming_block in range(max(first, 1), max(first, last, 1) + 1):
+            block_heads = max(self.retrieval_width, width * streaming_block)
+            blocks = self.retrieval_blocks + len(bins) * cdiv(self.reach, streaming_block)
+            yield _Choice(
+                bins=bins,
+                streaming_block=streaming_block,
+                block_heads=block_heads,
+                held=blocks * block_heads,
+            )
+
+    def _least_held(self, num_bins: int, narrowest: int) -> int:
+        """What a request holds at least, if no bin can be narrower than ``narrowest`` heads."""
+        wider = self.retrieval_width + 1
+        bound = self.retrieval_blocks * wider + num_bins * max(narrowest * self.reach, wider)
+        streaming_block = min(self.slots, self.retrieval_width // narrowest)
+        if not streaming_block:
+            return bound
+        blocks = self.retrieval_blocks + num_bins * cdiv(self.reach, streaming_block)
+        return min(bound, blocks * self.retrieval_width)
+
+    def _is_within_stock(self, choice: _Choice) -> bool:
+        """Whether no request holds more than stock vLLM's and one block a group.
+
+        Worst are the requests whose last token opened a streaming block: between two of them, and
+        beyond the run, stock grows at least as fast.
+        """
+        if choice.block_heads > self.stock_width:
+            return False
+        groups = 1 + len(choice.bins)
+        for full in reversed(range(cdiv(self.slots, choice.streaming_block))):
+            paged = full * choice.streaming_block // self.block_size + 1
+            held = (paged + len(choice.bins) * (full + 1) - groups) * choice.block_heads
+            if held > paged * self.stock_width:
+                return False
+        return True

@@ -1,4 +1,4 @@
-"""vLLM's manager interface over the ring allocator.
+"""vLLM's manager interface over the ring allocator, without and with prefix caching.
 
 Source: ``vllm/v1/core/single_type_kv_cache_manager.py``, nearest relative ``CircularBufferManager``.
 """
@@ -26,8 +26,17 @@ class RingManager(SingleTypeKVCacheManager):
 
     A ring cannot serve prefix hits: its blocks are overwritten. The manager therefore takes part in
     vLLM's hit search and answers 0 tokens. (A spec with ``prefix_cacheable = False`` would be left
-    out of the search instead, and vLLM would resume at tokens that the ring never held.)
+    out of the search instead, and vLLM would resume at tokens that the ring never held.) With vLLM's
+    prefix caching on, the class makes a ``SnapshotManager`` instead.
     """
+
+    def __new__(cls, kv_cache_spec: StreamingSpec, **kwargs: Any) -> RingManager:
+        """The manager that vLLM's ``--enable-prefix-caching`` asks for."""
+        if cls is RingManager and kwargs.get("enable_caching"):
+            from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
+
+            return super().__new__(SnapshotManager)
+        return super().__new__(cls)
 
     def __init__(self, kv_cache_spec: StreamingSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)

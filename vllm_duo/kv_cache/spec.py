@@ -29,18 +29,31 @@ class StreamingSpec(AttentionSpec):
     Not derived from ``SlidingWindowSpec`` or ``FullAttentionSpec``: vLLM would merge it into a group
     of full attention, or admit requests by a sliding window's bound.
 
+    ``block_size`` is that of the retrieval class: by it vLLM hashes prefixes and aligns hits. A
+    streaming block has ``slots_per_block`` slots, which need not divide it.
+
     Attributes:
+        slots_per_block: tokens of a streaming block (``P_s``).
         sink_size: first tokens that stay, in tokens.
         recent_size: most recent tokens that stay, in tokens.
         draft_size: speculative tokens that may be rolled back, in tokens.
         bin: streaming layers of one bin share a block table.
+        num_bins: bins of the server.
+        snapshot_interval: with prefix caching, the state is kept at multiples of so many tokens, and
+            where a later request is likely to resume.
+        max_step_tokens: tokens of a step at most (vLLM's ``--max-num-batched-tokens``): no snapshot
+            takes a block that the step's running requests may still need.
     """
 
     dcp_sharded: bool = False
+    slots_per_block: int
     sink_size: int
     recent_size: int
     draft_size: int = 0
     bin: int = 0
+    num_bins: int = 1
+    snapshot_interval: int = 1024
+    max_step_tokens: int = 2048
 
     @property
     def span(self) -> StreamingSpan:
@@ -49,8 +62,12 @@ class StreamingSpec(AttentionSpec):
             sink_size=self.sink_size,
             recent_size=self.recent_size,
             draft_size=self.draft_size,
-            block_size=self.block_size,
+            block_size=self.slots_per_block,
         )
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """Slots of a block: vLLM's block size is not that of the storage."""
+        return self.slots_per_block
 
     @property
     def block_table_token_alignment(self) -> int | None:

@@ -137,11 +137,29 @@ class PagedTable:
 
 
 @dataclass(frozen=True, eq=False)
-class RingTable:
-    """Block table of the streaming heads of one bin: sink blocks, then ring blocks.
+class SnapshotCopy:
+    """Copy of a request's streaming state to or from a snapshot of it.
 
-    The token at position p < sink_size lives in sink slot p, one at p >= sink_size in ring slot
-    (p - sink_size) % ring_size.
+    Attributes:
+        store: True to copy the state to the snapshot, False to restore it from there.
+        row: request in the batch.
+        num_tokens: the state is that of a request of so many tokens. When restored, the request's
+            context; when stored, within its chunk or at its end.
+        blocks: [n] int64, blocks of the snapshot in table order.
+    """
+
+    store: bool
+    row: int
+    num_tokens: int
+    blocks: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RingTable:
+    """Block table of the streaming heads of one bin: one run of slots, the sink's and the ring's.
+
+    The token at position p < sink_size lives in slot p, one at p >= sink_size in slot
+    sink_size + (p - sink_size) % ring_size.
 
     Attributes:
         block_table: [B, width] int32; 0 is the null block, never written.
@@ -149,6 +167,7 @@ class RingTable:
         sink_size: in tokens.
         recent_size: in tokens.
         ring_size: slots of the ring, in tokens; at least recent_size.
+        copies: of the step, to be carried out in this order before its attention.
     """
 
     block_table: torch.Tensor
@@ -156,11 +175,12 @@ class RingTable:
     sink_size: int
     recent_size: int
     ring_size: int
+    copies: tuple[SnapshotCopy, ...] = ()
 
     @property
-    def sink_blocks(self) -> int:
-        """Table entries of the sink part."""
-        return -(-self.sink_size // self.block_size)
+    def slots(self) -> int:
+        """Slots of a request, in tokens."""
+        return self.sink_size + self.ring_size
 
     def table_slots(self, positions: IntArray) -> tuple[IntArray, IntArray]:
         """Table column and offset in the block of each position.
@@ -171,12 +191,9 @@ class RingTable:
         Returns:
             Column and offset, both of the shape of ``positions``.
         """
-        ring = (positions - self.sink_size) % self.ring_size
-        in_sink = positions < self.sink_size
-        column = np.where(
-            in_sink, positions // self.block_size, self.sink_blocks + ring // self.block_size
-        )
-        return column, np.where(in_sink, positions, ring) % self.block_size
+        ring = self.sink_size + (positions - self.sink_size) % self.ring_size
+        slot = np.where(positions < self.sink_size, positions, ring)
+        return slot // self.block_size, slot % self.block_size
 
 
 @dataclass(frozen=True, eq=False)

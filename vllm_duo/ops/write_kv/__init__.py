@@ -1,4 +1,7 @@
-"""``write_kv``: scatter a step's keys and values of all heads into both caches."""
+"""``write_kv``: scatter a step's keys and values of all heads into both caches.
+
+Its halves are called apart, retrieval heads before the step's attention and streaming heads after.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,37 @@ import torch
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.validate import check_layer
 from vllm_duo.ops.write_kv import reference
+
+
+def write_retrieval(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: HeadMap,
+    caches: LayerCaches,
+    batch: Batch,
+) -> None:
+    """Write the step's tokens into the retrieval cache; arguments as in ``write_kv``.
+
+    May run before or after ``decode`` and ``prefill``: they take the step's own tokens from the
+    activations. It runs before them, since vLLM lets a request resume at a prefix that another
+    request computes in the same step.
+    """
+    check_layer(key, value, heads, caches, batch)
+    reference.write_retrieval(key, value, heads, caches, batch)
+
+
+def write_streaming(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: HeadMap,
+    caches: LayerCaches,
+    batch: Batch,
+) -> None:
+    """Write the step's tokens into the streaming cache; arguments as in ``write_kv``.
+
+    To be called after ``decode`` and ``prefill``: these read the ring as it was before the step.
+    """
+    reference.write_streaming(key, value, heads, caches, batch)
 
 
 def write_kv(
@@ -34,5 +68,5 @@ def write_kv(
 
     Source: DuoAttention, arXiv:2410.10819, section 2.3.
     """
-    check_layer(key, value, heads, caches, batch)
-    reference.write_kv(key, value, heads, caches, batch)
+    write_retrieval(key, value, heads, caches, batch)
+    write_streaming(key, value, heads, caches, batch)

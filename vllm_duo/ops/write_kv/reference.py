@@ -9,7 +9,7 @@ from vllm_duo.ops.batch import Batch, HeadMap, IntArray, LayerCaches, PagedTable
 from vllm_duo.ops.validate import FULL_CHECKS
 
 
-def write_kv(
+def write_retrieval(
     key: torch.Tensor,
     value: torch.Tensor,
     heads: HeadMap,
@@ -17,16 +17,26 @@ def write_kv(
     batch: Batch,
 ) -> None:
     """See ``vllm_duo.ops.write_kv``."""
-    if batch.num_tokens == 0:
+    if batch.num_tokens == 0 or caches.retrieval is None or caches.paged is None:
         return
-    if caches.retrieval is not None and caches.paged is not None:
-        paged = caches.paged
-        slots = batch.memo(("paged", paged), lambda: _paged_slots(batch, paged, key.device))
-        _scatter(key, value, heads.retrieval, caches.retrieval, *slots)
-    if caches.streaming is not None and caches.ring is not None:
-        ring = caches.ring
-        slots = batch.memo(("ring", ring), lambda: _ring_slots(batch, ring, key.device))
-        _scatter(key, value, heads.streaming, caches.streaming, *slots)
+    paged = caches.paged
+    slots = batch.memo(("paged", paged), lambda: _paged_slots(batch, paged, key.device))
+    scatter(key, value, heads.retrieval, caches.retrieval, *slots)
+
+
+def write_streaming(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: HeadMap,
+    caches: LayerCaches,
+    batch: Batch,
+) -> None:
+    """See ``vllm_duo.ops.write_kv``."""
+    if batch.num_tokens == 0 or caches.streaming is None or caches.ring is None:
+        return
+    ring = caches.ring
+    slots = batch.memo(("ring", ring), lambda: _ring_slots(batch, ring, key.device))
+    scatter(key, value, heads.streaming, caches.streaming, *slots)
 
 
 def _token_positions(batch: Batch) -> tuple[IntArray, IntArray]:
@@ -68,7 +78,7 @@ def _ring_slots(
     return torch.from_numpy(token).to(device), blocks, torch.from_numpy(offset).to(device)
 
 
-def _scatter(
+def scatter(
     key: torch.Tensor,
     value: torch.Tensor,
     heads: torch.Tensor,

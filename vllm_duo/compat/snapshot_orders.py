@@ -1,0 +1,72 @@
+"""``Scheduler.schedule`` and ``GPUModelRunner.execute_model``: snapshot orders go with their step.
+
+Symptom: the worker would not know which snapshots to store and restore in a step.
+Why: vLLM's own channel, ``kv_cache_block_copies``, copies whole blocks before the forward pass; a
+snapshot holds tokens of the step itself, and may be restored in the step that stores it.
+Condition: a group is of streaming heads and prefix caching is on; other servers' steps carry nothing.
+The orders are an attribute of the ``SchedulerOutput``, which is pickled with it.
+May go: once a KV cache manager can hand data of its own to the worker.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_duo.kv_cache.orders import SnapshotOrder
+
+ATTRIBUTE = "duo_snapshot_orders"
+
+
+def patch_scheduler(module: ModuleType) -> None:
+    """Attach a step's orders to its output.
+
+    Args:
+        module: ``vllm.v1.core.sched.scheduler``.
+    """
+    original = module.Scheduler.schedule
+
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        orders = take_orders(self.kv_cache_manager)
+        if orders:
+            setattr(output, ATTRIBUTE, orders)
+        return output
+
+    module.Scheduler.schedule = schedule
+
+
+def take_orders(kv_cache_manager: Any) -> list[SnapshotOrder]:
+    """The orders of the step just planned, of all bins.
+
+    Args:
+        kv_cache_manager: vLLM's ``KVCacheManager``.
+    """
+    from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
+
+    orders: list[SnapshotOrder] = []
+    for manager in kv_cache_manager.coordinator.single_type_managers:
+        if isinstance(manager, SnapshotManager):
+            orders += manager.take_orders()
+    return orders
+
+
+def patch_runner(module: ModuleType) -> None:
+    """Show a step's orders to the metadata builders.
+
+    Args:
+        module: ``vllm.v1.worker.gpu_model_runner``.
+    """
+    original = module.GPUModelRunner.execute_model
+
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        orders = getattr(scheduler_output, ATTRIBUTE, None)
+        if not orders:
+            return original(self, scheduler_output, *args, **kwargs)
+        from vllm_duo.attention.metadata import step_orders
+
+        with step_orders(orders, lambda: self.input_batch.req_id_to_index):
+            return original(self, scheduler_output, *args, **kwargs)
+
+    module.GPUModelRunner.execute_model = execute_model
