@@ -12,7 +12,7 @@ from vllm_duo.config import DuoConfig, ResolvedDuo, resolve
 from vllm_duo.heads import HeadPattern
 
 TOKENS = "a whole number of tokens from"
-KEYS = "pattern, sparsity, threshold, sink_size, recent_size"
+KEYS = "pattern, sparsity, threshold, sink_size, recent_size, snapshot_interval"
 
 
 def read(**settings) -> DuoConfig:
@@ -33,6 +33,7 @@ class TestReading:
 
     def test_every_key_is_read(self):
         settings = {"pattern": "x", "sparsity": 0.25, "sink_size": 4, "recent_size": 16}
+        settings["snapshot_interval"] = 512
         assert read(**settings).model_dump() == {**settings, "threshold": None}
 
     def test_threshold_is_read(self):

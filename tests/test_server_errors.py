@@ -296,22 +296,11 @@ class TestGoodServers:
             )
         ]
 
-    def test_layout_and_waste_are_logged(self, serve, messages):
-        serve(duo={"sink_size": 16, "recent_size": 16}, block_size=16, max_model_len=256)
-        # Heads of 16 elements in float32: 128 bytes a token. 16 retrieval blocks and 1 + 1 streaming
-        # ones, two heads wide each; stock keeps 16 blocks of four heads.
-        assert messages[-1] == (
-            "INFO",
-            "duo: blocks of 16 retrieval and 16 streaming tokens in 1 bin(s), 4096 bytes; a request "
-            "of 256 tokens holds 0.1 MiB (stock: 0.1 MiB, 1.78 x), waste 0.0 %",
-        )
-
-    def test_prefix_caching_is_switched_off_with_a_warning(self, serve, messages):
-        config = serve(enable_prefix_caching=True)
-        assert config.cache_config.enable_prefix_caching is False
-        warnings = [text for level, text in messages if level == "WARNING"]
-        assert len(warnings) == 1
-        assert warnings[0].startswith("duo: prefix caching is switched off")
+    @pytest.mark.parametrize("enabled", [True, False])
+    def test_prefix_caching_stays_vllms_own_flag(self, serve, messages, enabled):
+        config = serve(enable_prefix_caching=enabled)
+        assert config.cache_config.enable_prefix_caching is enabled
+        assert [text for level, text in messages if level == "WARNING"] == []
 
     @pytest.mark.parametrize(
         "config",

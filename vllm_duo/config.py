@@ -141,16 +141,27 @@ def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
     recent_size, recent_source = _resolve_size(
         "recent_size", config.recent_size, pattern, DEFAULT_RECENT_SIZE
     )
-    sizes = (sink_size, recent_size)
-    rest = (sink_source, recent_source, config.snapshot_interval)
-    if (threshold := config.threshold) is not None:
-        selection = pattern.select(threshold=threshold)
-        return ResolvedDuo(selection, *sizes, "threshold", threshold, "setting", *rest)
-    if (sparsity := config.sparsity) is not None:
-        selection = pattern.select(sparsity=sparsity)
-        return ResolvedDuo(selection, *sizes, "sparsity", sparsity, "setting", *rest)
-    selection = pattern.select(sparsity=DEFAULT_SPARSITY)
-    return ResolvedDuo(selection, *sizes, "sparsity", DEFAULT_SPARSITY, "default", *rest)
+    cut: Literal["sparsity", "threshold"]
+    cut_source: Source
+    if config.threshold is not None:
+        cut, cut_value, cut_source = "threshold", config.threshold, "setting"
+        selection = pattern.select(threshold=cut_value)
+    else:
+        cut_source = "default" if config.sparsity is None else "setting"
+        cut_value = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
+        cut = "sparsity"
+        selection = pattern.select(sparsity=cut_value)
+    return ResolvedDuo(
+        selection=selection,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        cut=cut,
+        cut_value=cut_value,
+        cut_source=cut_source,
+        sink_source=sink_source,
+        recent_source=recent_source,
+        snapshot_interval=config.snapshot_interval,
+    )
 
 
 def _resolve_size(

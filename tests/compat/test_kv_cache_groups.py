@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from tests.kv_cache.caches import layer_name, layout_of, specs_of
+from tests.kv_cache.caches import layer_name, layout_of, specs_of, two_bins
 from vllm_duo.attention.streaming_cache import SUFFIX
 from vllm_duo.compat import kv_cache_groups
 from vllm_duo.compat.kv_cache_groups import planned_groups
@@ -80,7 +80,7 @@ def test_order_of_the_layers_does_not_matter():
 
 
 def test_caches_of_two_bins_are_not_of_one_kind():
-    layout = layout_of((1, 1), (2, 2))
+    layout = two_bins()
     streaming = {name: spec for name, spec in specs_of(layout).items() if SUFFIX in name}
     assert len(layout.bins) == 2
     assert UniformTypeKVCacheSpecs.from_specs(streaming) is None

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from tests.kv_cache.caches import Engine, layout_of
+from tests.kv_cache.caches import Engine, layout_of, two_bins
 from vllm_duo import metrics
 from vllm_duo.compat import scheduler_stats
 from vllm_duo.compat.scheduler_stats import held_blocks
@@ -15,7 +15,7 @@ from vllm_duo.config import DuoConfig, resolve
 from vllm_duo.heads import HeadPattern
 from vllm_duo.server_plan import ServerPlan
 
-LAYOUT = layout_of((1, 1), (2, 2))  # two bins of 1 + 2 blocks each
+LAYOUT = two_bins()  # of 3 blocks each
 IDLE = {
     "vllm_duo:retrieval_blocks": 0,
     "vllm_duo:streaming_blocks": 0,

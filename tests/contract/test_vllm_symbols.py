@@ -15,6 +15,7 @@ from vllm_duo.attention.metadata import DuoMetadataBuilder
 from vllm_duo.attention.streaming_cache import StreamingCache
 from vllm_duo.compat.kv_cache_groups import module_name
 from vllm_duo.kv_cache.manager import RingManager
+from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.metrics import DuoStatLogger
 
@@ -137,13 +138,19 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.platforms:current_platform", None),
         ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", takes("vllm_config")),
         ("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", takes("selected_backend")),
-        ("vllm.config:CacheConfig", members("enable_prefix_caching")),
     ],
     "compat/kv_cache_groups.py": [
         (f"{GROUPING}:get_kv_cache_groups", takes("vllm_config", "kv_cache_spec")),
         (f"{GROUPING}:{GROUPS_CALLER}", names("get_kv_cache_groups(")),
         (f"{INTERFACE}:KVCacheGroupSpec", takes("layer_names", "kv_cache_spec")),
         (f"{INTERFACE}:UniformTypeKVCacheSpecs.from_specs", takes("kv_cache_specs")),
+    ],
+    "compat/pool_report.py": [
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler.__init__",
+            takes("vllm_config", "kv_cache_config"),
+        ),
+        (f"{INTERFACE}:KVCacheGroupSpec", members("layer_names", "kv_cache_spec")),
     ],
     "compat/scheduler_stats.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler.make_stats", None),
@@ -186,6 +193,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             f"{INTERFACE}:KVCacheSpec",
             members("block_table_token_alignment", "uses_slot_mapping", "prefix_cacheable"),
         ),
+        (f"{INTERFACE}:KVCacheSpec.get_num_kernel_states", takes("kernel_block_size")),
     ],
     "compat/spec_registry.py": [
         (f"{MANAGERS}:FullAttentionManager", None),
@@ -204,6 +212,33 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             f"{MANAGERS}:get_manager_for_kv_cache_spec",
             names("manager_class(kv_cache_spec, **kwargs)"),
         ),
+    ],
+    "kv_cache/snapshots.py": [
+        ("vllm.v1.core.block_pool:BlockPool.touch", takes("blocks")),
+        ("vllm.v1.core.block_pool:BlockPool.evict_blocks", takes("block_ids")),
+        ("vllm.v1.core.block_pool:BlockPool.get_num_free_blocks", None),
+        (
+            "vllm.v1.core.block_pool:BlockPool._insert_block_hash",
+            takes("block_hash_with_group_id", "block", "num_tokens"),
+        ),
+        (
+            "vllm.v1.core.block_pool:BlockPool",
+            sets("cached_block_hash_to_block", "hash_block_size"),
+        ),
+        ("vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block", takes("key")),
+        (f"{UTILS}:make_block_hash_with_group_id", takes("block_hash", "group_id")),
+        (f"{UTILS}:KVCacheBlock", members("block_hash")),
+    ],
+    "kv_cache/snapshot_manager.py": [
+        (f"{UTILS}:resolve_block_hashes", None),
+        ("vllm.v1.request:Request", sets("shared_prefix_boundary", "block_hashes")),
+        (f"{MANAGERS}:SingleTypeKVCacheManager._get_num_evictable_blocks", takes("blocks")),
+    ],
+    "compat/snapshot_orders.py": [
+        ("vllm.v1.core.sched.scheduler:Scheduler.schedule", None),
+        (f"{RUNNER}:GPUModelRunner.execute_model", takes("scheduler_output")),
+        (f"{RUNNER}:GPUModelRunner", sets("input_batch")),
+        ("vllm.v1.worker.gpu_input_batch:InputBatch", sets("req_id_to_index")),
     ],
     "kv_cache/allocator.py": [
         ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", takes("num_blocks")),
@@ -279,6 +314,11 @@ def test_symbol(file, symbol, check):
 # Classes that vLLM calls: its base class must be all there, and call us as we expect to be called.
 OVERRIDES = [
     ("kv_cache/manager.py", f"{MANAGERS}:SingleTypeKVCacheManager", RingManager),
+    (
+        "kv_cache/snapshot_manager.py",
+        f"{MANAGERS}:SingleTypeKVCacheManager",
+        SnapshotManager,
+    ),
     ("kv_cache/spec.py", f"{INTERFACE}:FullAttentionSpec", RetrievalSpec),
     ("kv_cache/spec.py", f"{INTERFACE}:AttentionSpec", StreamingSpec),
     ("attention/backend.py", f"{BACKEND}:AttentionBackend", DuoAttentionBackend),
@@ -293,7 +333,8 @@ OVERRIDES = [
 ]
 # Constructors that do not take what the base class's takes.
 OWN = {
-    "RingManager": {"__init__"},
+    "RingManager": {"__init__", "__new__"},
+    "SnapshotManager": {"__init__"},
     "StreamingCache": {"__init__"},
     # Python's own hook, not vLLM's.
     "DuoAttentionBackend": {"__init_subclass__"},

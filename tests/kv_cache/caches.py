@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from vllm.sampling_params import SamplingParams
@@ -38,6 +39,12 @@ def layout_of(
         retrieval_heads=retrieval, streaming_heads=streaming, head_size=HEAD_SIZE, dtype_bytes=4
     )
     return plan_layout(shape, block_size=block_size, sink_size=sink_size, recent_size=recent_size)
+
+
+def two_bins(*, sink_size: int = 16, recent_size: int = 32) -> Layout:
+    """Two layers with one retrieval and two streaming heads each, a bin for each layer."""
+    layout = layout_of((1, 1), (2, 2), sink_size=sink_size, recent_size=recent_size)
+    return replace(layout, span=replace(layout.span, block_size=16), bins=((0,), (1,)))
 
 
 def layer_name(layer: int) -> str:

@@ -64,13 +64,13 @@ class TestClaims:
         claimed = [ids(ring.claim("a", num_tokens)) for num_tokens in (1, 4, 5, 8, 9, 12, 1000)]
         assert claimed == [[1], [], [2], [], [3], [], []]
 
-    def test_sink_blocks_stand_first(self, pool):
-        span = StreamingSpan(sink_size=5, recent_size=6, block_size=4)  # 2 sink and 2 ring blocks
+    def test_sink_and_ring_share_a_block(self, pool):
+        span = StreamingSpan(sink_size=5, recent_size=6, block_size=4)  # 11 slots in 3 blocks
         ring = RingAllocator(span, pool)
         for num_tokens in (3, 5, 6, 11):
             ring.claim("a", num_tokens)
-        assert ids(ring.tables["a"]) == [1, 2, 3, 4]
-        assert ids(ring.claim("b", 5)) == [5, 6]  # both full sink blocks, no ring block yet
+        assert ids(ring.tables["a"]) == [1, 2, 3]
+        assert ids(ring.claim("b", 5)) == [4, 5]  # the first ring slots lie in the second block
 
     def test_one_long_chunk_claims_the_whole_ring_and_no_more(self, ring):
         assert len(ring.claim("a", 100_000)) == SPAN.max_blocks
@@ -128,11 +128,14 @@ class TestRelease:
 
 class TestIntegrity:
     def test_table_too_long(self, ring, pool):
-        ring.tables["a"] = list(pool.get_new_blocks(4))
+        ring.claim("a", 12)
+        ring.tables["a"] += pool.get_new_blocks(1)
+        ring._held += 1
         with pytest.raises(RuntimeError, match="request a holds 4 streaming blocks, at most 3"):
             ring.check_integrity()
 
     def test_null_block(self, ring, pool):
+        ring.claim("a", 4)
         ring.tables["a"] = [pool.null]
         with pytest.raises(RuntimeError, match="block 0 of request a is null"):
             ring.check_integrity()
@@ -144,13 +147,22 @@ class TestIntegrity:
             ring.check_integrity()
 
     def test_block_of_two_requests(self, ring):
-        ring.tables["b"] = ring.claim("a", 4)
+        ring.claim("a", 4)
+        ring.claim("b", 4)
+        ring.tables["b"] = ring.tables["a"]
         with pytest.raises(RuntimeError, match="block 1 of request b is shared"):
             ring.check_integrity()
 
     def test_block_twice_in_a_table(self, ring):
-        ring.tables["a"] = ring.claim("a", 4) * 2
+        ring.claim("a", 8)
+        ring.tables["a"][1] = ring.tables["a"][0]
         with pytest.raises(RuntimeError, match="block 1 of request a is shared"):
+            ring.check_integrity()
+
+    def test_wrong_count(self, ring, pool):
+        ring.claim("a", 12)
+        ring.tables["a"].pop()
+        with pytest.raises(RuntimeError, match="the tables do not hold 3 streaming blocks"):
             ring.check_integrity()
 
 

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from vllm.config import CacheConfig
 from vllm.v1.core import kv_cache_utils
 
-from tests.kv_cache.caches import Engine, config_of, layout_of, specs_of
+from tests.kv_cache.caches import Engine, config_of, layout_of, specs_of, two_bins
 from vllm_duo import plugin
+from vllm_duo.compat.snapshot_orders import take_orders
 from vllm_duo.kv_cache.layout import Layout
+from vllm_duo.kv_cache.manager import RingManager
+from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 from vllm_duo.kv_cache.spec import StreamingSpec
 
 plugin.register()
 
-MIXED = layout_of((1, 1), (2, 2))  # two bins, each as wide as the retrieval group
+MIXED = two_bins()  # each as wide as the retrieval group
 STREAMING = layout_of((0, 0), (2, 2))
 RETRIEVAL = layout_of((2, 2), (0, 0))
 LAYOUTS = pytest.mark.parametrize("layout", [MIXED, STREAMING], ids=["mixed", "only streaming"])
@@ -108,17 +111,29 @@ class TestPrefixHits:
     def hits_of_a_repeated_prompt(self, layout: Layout) -> int:
         engine = Engine(layout, enable_caching=True)
         engine.step(engine.request("first", 320), 320)
+        take_orders(engine.manager)
         again = engine.request("again", 320)
         _, num_hits, _ = engine.manager.get_computed_blocks(again)
         assert engine.step(again, 320 - num_hits)
         return num_hits
 
-    @LAYOUTS
-    def test_a_ring_serves_none(self, layout):
-        assert self.hits_of_a_repeated_prompt(layout) == 0
+    @pytest.mark.parametrize(
+        "layout", [MIXED, STREAMING, RETRIEVAL], ids=["mixed", "only streaming", "only retrieval"]
+    )
+    def test_snapshots_serve_what_full_blocks_serve(self, layout):
+        assert self.hits_of_a_repeated_prompt(layout) == 304
 
-    def test_retrieval_heads_alone_serve_them(self):
-        assert self.hits_of_a_repeated_prompt(RETRIEVAL) == 304
+    @pytest.mark.parametrize("enable_caching", [True, False])
+    def test_vllms_flag_chooses_the_manager(self, enable_caching):
+        managers = Engine(MIXED, enable_caching=enable_caching).manager.coordinator
+        expected = SnapshotManager if enable_caching else RingManager
+        assert [type(m) for m in managers.single_type_managers[1:]] == [expected] * 2
+
+    def test_a_ring_serves_none(self):
+        assert RingManager.find_longest_cache_hit([b"x"], 16, [1, 2], None, None, False, 16) == (
+            ([], []),
+            0,
+        )
 
     def test_every_spec_takes_part_in_the_hit_search(self):
         groups = config_of(MIXED, 10).kv_cache_groups

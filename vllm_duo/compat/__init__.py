@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
+
 def install() -> None:
     """Arrange every patch; safe to call again, and cheap: heavy modules are patched as they load."""
     from vllm_duo.compat import (
         cpu_platform,
         kv_cache_groups,
+        pool_report,
         scheduler_stats,
         slot_mapping,
         snapshot_orders,
@@ -22,7 +24,8 @@ def install() -> None:
     after_import("vllm.v1.core.single_type_kv_cache_manager", spec_registry.patch)
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
     after_import(
-        "vllm.v1.core.sched.scheduler", _all(scheduler_stats.patch, snapshot_orders.patch_scheduler)
+        "vllm.v1.core.sched.scheduler",
+        _all(pool_report.patch, scheduler_stats.patch, snapshot_orders.patch_scheduler),
     )
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)
     after_import(

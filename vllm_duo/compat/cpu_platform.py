@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_duo.kv_cache.layout import DEFAULT_REFERENCE_TOKENS
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
 from vllm_duo.support import check_supported
@@ -83,11 +82,11 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         return
     check_supported(vllm_config)
     plan = resolve_plan(vllm_config)
-    _log_plan(vllm_config, plan)
+    _log_plan(plan)
 
 
-def _log_plan(vllm_config: VllmConfig, plan: ServerPlan) -> None:
-    """Say which heads stream, how blocks are laid out and what a long request saves."""
+def _log_plan(plan: ServerPlan) -> None:
+    """Say which heads stream; ``pool_report`` says what fits once the pool is known."""
     resolved = plan.resolved
     logger.info(
         "duo: pattern %s, %s %g (%s): %d of %d KV heads stream (%.1f %%), mask %s, "
@@ -102,25 +101,4 @@ def _log_plan(vllm_config: VllmConfig, plan: ServerPlan) -> None:
         resolved.selection.mask_hash,
         resolved.sink_size,
         resolved.recent_size,
-    )
-    model = vllm_config.model_config
-    layout = plan.layout(
-        head_size=model.get_head_size(),
-        dtype_bytes=model.dtype.itemsize,
-        block_size=vllm_config.cache_config.block_size,
-        max_model_len=model.max_model_len,
-    )
-    tokens = min(DEFAULT_REFERENCE_TOKENS, model.max_model_len)
-    logger.info(
-        "duo: blocks of %d retrieval and %d streaming tokens in %d bin(s), %d bytes; a request of "
-        "%d tokens holds %.1f MiB (stock: %.1f MiB, %.2f x), waste %.1f %%",
-        layout.block_size,
-        layout.span.block_size,
-        len(layout.bins),
-        layout.block_bytes,
-        tokens,
-        layout.held_bytes(tokens) / 2**20,
-        layout.full_attention_bytes(tokens) / 2**20,
-        layout.full_attention_bytes(tokens) / layout.held_bytes(tokens),
-        100 * layout.waste(tokens),
     )

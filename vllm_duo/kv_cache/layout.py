@@ -399,11 +399,13 @@ def plan_layout(
     """Choose ``P_s`` and the bins so that a request holds few bytes in few bins.
 
     First come the layouts with which a request of any length holds at most what stock vLLM would
-    and one block a group (with ranks that differ: what stock would for the most retrieval and the
-    most streaming heads of any rank). Where none exists (say S = 8 heads in the only layer, R = 1
-    and ``P_r`` = 1, so that a block holds one token of either) all are taken. Of those within
-    ``HELD_TOLERANCE`` of the least bytes at ``reference_tokens``, that with the fewest bins is
-    chosen, then with the least bytes, then with the largest ``P_s``.
+    and one block a group. Where no layout does, all are taken. A sufficient condition for one is
+    that with ``P_s = R * P_r // S`` (heads of all layers) ``P_s * (P_s + 1) >= slots - 1``: then one
+    bin does, for 320 slots from ``P_s`` 18 on. None exists, say, for S = 8 heads in the only layer,
+    R = 1 and ``P_r`` = 1: a block then holds one token, of either class. Ranks with unequal numbers
+    of heads of a class cannot be promised it and do without. Of those within ``HELD_TOLERANCE`` of
+    the least bytes at ``reference_tokens``, that with the fewest bins is chosen, then with the
+    least bytes, then with the largest ``P_s``.
 
     Args:
         shape: KV heads by class; of each rank (``KVShape.split``) under tensor parallelism.

@@ -113,7 +113,8 @@ class SnapshotManager(RingManager):
         missing = self.allocator.missing_blocks(request_id, num_tokens)
         if not new_computed_blocks:
             return missing
-        return missing + self._get_num_evictable_blocks(new_computed_blocks)
+        evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
+        return missing + evictable
 
     def add_local_computed_blocks(
         self,
@@ -167,9 +168,7 @@ class SnapshotManager(RingManager):
         for boundary in self._boundaries(done * size, num_blocks * size, prompt_end, kept):
             self._store(request, boundary, boundary in kept, boundary > prompt_end)
 
-    def _boundaries(
-        self, low: int, high: int, prompt_end: int, kept: set[int]
-    ) -> Iterator[int]:
+    def _boundaries(self, low: int, high: int, prompt_end: int, kept: set[int]) -> Iterator[int]:
         """Where to store, in tokens, after ``low`` up to ``high``, ascending."""
         points = {point for point in kept if low < point <= high}
         first = (low // self._interval + 1) * self._interval

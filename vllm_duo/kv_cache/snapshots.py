@@ -102,7 +102,7 @@ class SnapshotPool:
         """
         if self.pool.get_num_free_blocks() < num_blocks + reserve:
             return None
-        blocks = self.pool.get_new_blocks(num_blocks)
+        blocks: list[KVCacheBlock] = self.pool.get_new_blocks(num_blocks)
         self.held.extend(blocks)
         return blocks
 

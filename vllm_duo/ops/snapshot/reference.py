@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -18,7 +20,8 @@ def copy_snapshots(
 ) -> None:
     """See ``vllm_duo.ops.snapshot``."""
     ring, kv_cache = caches.ring, caches.streaming
-    assert ring is not None and kv_cache is not None
+    assert ring is not None
+    assert kv_cache is not None
     for copy in ring.copies:
         table = ring.block_table[copy.row, : len(copy.blocks)].long()
         if not copy.store:
@@ -27,9 +30,8 @@ def copy_snapshots(
             continue
         # A slot that the chunk does not write before the boundary holds what it held in the ring.
         kv_cache[copy.blocks] = kv_cache[table]
-        tokens, columns, offsets = batch.memo(
-            copy, lambda copy=copy: _chunk_slots(batch, ring, copy, key.device)
-        )
+        plan = partial(_chunk_slots, batch, ring, copy, key.device)
+        tokens, columns, offsets = batch.memo(copy, plan)
         scatter(key, value, heads.streaming, kv_cache, tokens, copy.blocks[columns], offsets)
 
 

@@ -1,0 +1,130 @@
+"""``Scheduler.__init__``: what runs is what was planned, and one log line says what it holds.
+
+Symptom: groups that differ from the planned ones would still serve, with more blocks a request than
+the plan and the start-up figures say.
+Why: vLLM forms the groups and sizes the pool in the engine core, after the front end has planned.
+Condition: a group is of streaming heads.
+May go: never; this is a check, put where vLLM has just decided.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from vllm_duo.logging import get_logger
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_duo.kv_cache.layout import Layout
+    from vllm_duo.server_plan import ServerPlan
+
+logger = get_logger(__name__)
+
+
+def patch(module: ModuleType) -> None:
+    """Wrap the constructor.
+
+    Args:
+        module: ``vllm.v1.core.sched.scheduler``.
+    """
+    original = module.Scheduler.__init__
+
+    def __init__(
+        self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        check_and_report(vllm_config, kv_cache_config)
+        original(self, vllm_config, kv_cache_config, *args, **kwargs)
+
+    module.Scheduler.__init__ = __init__
+
+
+def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Hold vLLM's groups and pool against the plan, and log what fits.
+
+    Args:
+        vllm_config: the server's.
+        kv_cache_config: what vLLM made of the layers' specs, one rank's.
+
+    Raises:
+        RuntimeError: the groups or the block's bytes are not the planned ones.
+    """
+    from vllm.v1.kv_cache_interface import iter_layer_specs
+
+    from vllm_duo.kv_cache.spec import StreamingSpec
+    from vllm_duo.server_plan import resolve_plan
+
+    spec = next(
+        (
+            spec
+            for group in kv_cache_config.kv_cache_groups
+            for spec in iter_layer_specs(group.kv_cache_spec)
+            if isinstance(spec, StreamingSpec)
+        ),
+        None,
+    )
+    if spec is None:
+        return
+    plan = resolve_plan(vllm_config)
+    # --max-model-len auto shortens it after the specs were made, which may have been cut to it.
+    longest = max(vllm_config.model_config.max_model_len, spec.sink_size, spec.recent_size)
+    layout = plan.layout(
+        head_size=spec.head_size,
+        dtype_bytes=spec.dtype.itemsize,
+        block_size=spec.block_size,
+        max_model_len=longest,
+    )
+    check_groups(layout, kv_cache_config)
+    _report(plan, layout, kv_cache_config.num_blocks, vllm_config.model_config.max_model_len)
+
+
+def check_groups(layout: Layout, kv_cache_config: KVCacheConfig) -> None:
+    """Hold vLLM's groups and block bytes against the layout.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    expected = [
+        sorted(layer for layer, heads in enumerate(layout.shape.retrieval_heads) if heads)
+    ] * layout.has_retrieval + [sorted(layers) for layers in layout.bins]
+    groups = [
+        sorted(map(extract_layer_index, group.layer_names))
+        for group in kv_cache_config.kv_cache_groups
+    ]
+    sizes = {
+        tensor.size // kv_cache_config.num_blocks for tensor in kv_cache_config.kv_cache_tensors
+    }
+    if groups != expected or sizes != {layout.block_bytes}:
+        raise RuntimeError(
+            f"vLLM's KV cache groups are not the planned ones: expected layers {expected} in blocks of "
+            f"{layout.block_bytes} bytes, got {groups} in blocks of {sorted(sizes)} bytes; another "
+            "plugin may change them, else please report it with the server's flags"
+        )
+
+
+def _report(plan: ServerPlan, layout: Layout, num_blocks: int, max_model_len: int) -> None:
+    requests = (num_blocks - 1) / layout.blocks(max_model_len)
+    stock = layout.full_attention_bytes(max_model_len) / layout.held_bytes(max_model_len)
+    logger.info(
+        "duo: KV cache: pattern %s, sparsity %.4g, mask %s; blocks of %d retrieval and %d streaming "
+        "tokens in %d bin(s), %d bytes; waste %.1f %% at %d tokens; %d blocks hold %d tokens in %.2f "
+        "requests of %d tokens, %.2f x stock",
+        plan.pattern_name,
+        plan.resolved.selection.sparsity,
+        plan.resolved.selection.mask_hash,
+        layout.block_size,
+        layout.span.block_size,
+        len(layout.bins),
+        layout.block_bytes,
+        100 * layout.waste(max_model_len),
+        max_model_len,
+        num_blocks - 1,
+        requests * max_model_len,
+        requests,
+        max_model_len,
+        stock,
+    )
