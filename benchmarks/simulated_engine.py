@@ -73,6 +73,8 @@ class SimulatedEngine:
         outputs: Sequence[int] | None = None,
         max_tokens: int | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
+        sampling: dict[str, Any] | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -82,6 +84,8 @@ class SimulatedEngine:
             outputs: the tokens that the model is to sample; None for made-up ones.
             max_tokens: tokens to sample; default: as many as ``outputs``, else 16.
             cache_salt: requests of different salts share no prefix.
+            priority: the lower, the sooner, where the engine schedules by priority.
+            sampling: more sampling parameters.
         """
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
@@ -93,9 +97,12 @@ class SimulatedEngine:
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
-            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            sampling_params=SamplingParams(
+                max_tokens=max_tokens, ignore_eos=True, **(sampling or {})
+            ),
             pooling_params=None,
             cache_salt=cache_salt,
+            priority=priority,
             block_hasher=self.block_hasher,
         )
         self.scheduler.add_request(request)
@@ -171,6 +178,8 @@ def make_engine(
     prefix_caching: bool = False,
     hash_function: Callable[[Any], bytes] | None = None,
     duo: dict[str, Any] | None = None,
+    by_priority: bool = False,
+    async_scheduling: bool = False,
 ) -> SimulatedEngine:
     """Make an engine as vLLM's engine core does, from a config alone.
 
@@ -187,6 +196,8 @@ def make_engine(
         prefix_caching: whether finished blocks may be reused.
         hash_function: of prefix caching; default: vLLM's default, SHA-256.
         duo: more settings of duo's section, such as ``sink_size``.
+        by_priority: schedule by the requests' priority, not first come, first served.
+        async_scheduling: a step is scheduled before the one ahead of it has ended, as on GPUs.
 
     Raises:
         ValueError: the pool cannot hold one request of ``max_model_len`` tokens (vLLM's message).
@@ -206,8 +217,11 @@ def make_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        scheduling_policy="priority" if by_priority else "fcfs",
     )
     config.cache_config.enable_prefix_caching = prefix_caching
+    # vLLM's CPU platform switches it off, but the scheduler is the same everywhere.
+    config.scheduler_config.async_scheduling = async_scheduling
     register_all_kvcache_specs(config)
     specs, layout = cache_specs(config, kind)
     configs = kv_cache_utils.get_kv_cache_configs(config, [specs], [pool_bytes])

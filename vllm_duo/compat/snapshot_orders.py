@@ -45,11 +45,15 @@ def take_orders(kv_cache_manager: Any) -> list[SnapshotOrder]:
     """
     from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 
-    orders: list[SnapshotOrder] = []
-    for manager in kv_cache_manager.coordinator.single_type_managers:
-        if isinstance(manager, SnapshotManager):
-            orders += manager.take_orders()
-    return orders
+    managers = [
+        manager
+        for manager in kv_cache_manager.coordinator.single_type_managers
+        if isinstance(manager, SnapshotManager)
+    ]
+    # All bins first: no bin may be given blocks that another one's orders of this step name.
+    for manager in managers:
+        manager.store_late()
+    return [order for manager in managers for order in manager.take_orders()]
 
 
 def patch_runner(module: ModuleType) -> None:

@@ -74,6 +74,13 @@ class RingAllocator:
         self._held += missing
         return new
 
+    def adopt(self, request_id: str, blocks: Sequence[Block]) -> None:
+        """Start a new request's table with blocks that the caller already owns."""
+        table = self.tables[request_id]
+        assert not table, "only a new request adopts blocks"
+        table.extend(blocks)
+        self._held += len(blocks)
+
     def pop(self, request_id: str) -> list[Block]:
         """Forget a request and return its blocks, still owned by the caller."""
         table = self.tables.pop(request_id, [])

@@ -1,23 +1,18 @@
 """The ring manager of a server with prefix caching: rings, and snapshots of them for later hits.
 
 A request holds its ring and no more, as without prefix caching. What later requests resume at are
-*snapshots*: copies of the streaming state at block boundaries, free blocks with a hash. They are
-stored
+*snapshots*: copies of the streaming state at block boundaries (``snapshot_policy.py`` says at which),
+free blocks with a hash.
 
-- at multiples of ``snapshot_interval``,
-- at the last block boundary of the prompt, where the next turn of a chat resumes,
-- while an answer is generated, every ``ANSWER_INTERVAL`` tokens, each in place of the one before,
-- where a prompt was found to part from an earlier one: the retrieval blocks reached further than any
-  snapshot, so the next request with this prefix will resume there (vLLM's
-  ``Request.shared_prefix_boundary``; the admission rule of Marconi, arXiv:2411.19379).
-
-A snapshot is stored only from blocks that no running request can need in the step, so prefix caching
-never delays or preempts one.
+Prefix caching never delays or preempts a running request. A snapshot is stored at once, so that
+others may resume at it in the same step, if it leaves all blocks that the step's running requests
+could need; else at the end of the step, from what is left. And where the pool is too short for a
+copy, a request takes over the blocks of the snapshot that it resumes at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
@@ -25,6 +20,7 @@ from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm_duo.kv_cache.layout import cdiv
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.orders import SnapshotOrder
+from vllm_duo.kv_cache.snapshot_policy import Reason, SnapshotPolicy
 from vllm_duo.kv_cache.snapshots import Snapshot, SnapshotPool, find_snapshot
 
 if TYPE_CHECKING:
@@ -35,9 +31,6 @@ if TYPE_CHECKING:
 
     from vllm_duo.kv_cache.spec import StreamingSpec
 
-ANSWER_INTERVAL = 128
-"""Tokens between the snapshots of an answer, rounded up to whole blocks."""
-
 
 class SnapshotManager(RingManager):
     """Streaming blocks of one bin, with snapshots for prefix hits."""
@@ -47,17 +40,19 @@ class SnapshotManager(RingManager):
         spec = kv_cache_spec
         self.span = spec.span
         self.snapshots = SnapshotPool(self.block_pool, self.kv_cache_group_id)
+        self.policy = SnapshotPolicy(self.block_size, spec.snapshot_interval)
         self.bin = spec.bin
         # Blocks that the running requests of a step may still claim: one for each started block of
         # its tokens, one more a request, and what their rings miss (in every bin).
         self._step_blocks = cdiv(spec.max_step_tokens, self.block_size)
         self._num_bins = spec.num_bins
-        self._interval = max(cdiv(spec.snapshot_interval, self.block_size), 1) * self.block_size
-        self._answer_interval = cdiv(ANSWER_INTERVAL, self.block_size) * self.block_size
         self._orders: list[SnapshotOrder] = []
-        # By request: the snapshot that its answer replaces, and those to keep when it ends.
-        self._answers: dict[str, Snapshot] = {}
-        self._kept: dict[str, list[Snapshot]] = {}
+        self._late: list[tuple[Request, int, Reason]] = []
+        # By request: the snapshots that it has resumed at and stored, ascending.
+        self._trails: dict[str, list[Snapshot]] = {}
+        # Tokens that the request being admitted will have after the step.
+        self._admitted_tokens = 0
+        self._in_step = True
         self.hits = 0
         self.hit_tokens = 0
         self.stored = 0
@@ -98,6 +93,10 @@ class SnapshotManager(RingManager):
                 return tuple(found), num_blocks * spec.block_size
         return tuple([] for _ in kv_cache_group_ids), 0
 
+    def new_step_starts(self) -> None:
+        """A step is being planned, until ``take_orders``."""
+        self._in_step = True
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -109,12 +108,13 @@ class SnapshotManager(RingManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks that the next claim takes, and those of the hit, which the step keeps from others."""
+        """Blocks that the next claim takes at least: a hit's idle blocks can become the ring's own."""
         missing = self.allocator.missing_blocks(request_id, num_tokens)
         if not new_computed_blocks:
             return missing
-        evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
-        return missing + evictable
+        self._admitted_tokens = num_tokens
+        idle: int = self._get_num_evictable_blocks(new_computed_blocks)
+        return missing if idle == len(new_computed_blocks) else missing + idle
 
     def add_local_computed_blocks(
         self,
@@ -123,7 +123,7 @@ class SnapshotManager(RingManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Order the hit's state to be copied into the request's ring, which is claimed next."""
+        """Order the hit's state to be copied into the request's ring, or make its blocks the ring."""
         if num_external_computed_tokens > 0:
             self._refuse_hits(request_id, (), num_external_computed_tokens)
         self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
@@ -131,14 +131,29 @@ class SnapshotManager(RingManager):
             if num_local_computed_tokens > 0:
                 self._refuse_hits(request_id, (), num_local_computed_tokens)
             return
-        self.snapshots.hold(new_computed_blocks)
-        keys = [block.block_hash for block in new_computed_blocks]
-        assert None not in keys, "a hit's blocks have hashes"
-        hit = Snapshot(num_local_computed_tokens, tuple(new_computed_blocks), cast("Any", keys))
-        self._kept.setdefault(request_id, []).append(hit)
-        self._order(False, request_id, num_local_computed_tokens, new_computed_blocks)
         self.hits += 1
         self.hit_tokens += num_local_computed_tokens
+        if self._is_short_for_copy(request_id, new_computed_blocks, num_local_computed_tokens):
+            self.block_pool.touch(new_computed_blocks)
+            self.snapshots.forget(new_computed_blocks)
+            self.allocator.adopt(request_id, new_computed_blocks)
+            return
+        snapshot = self.snapshots.known(new_computed_blocks, num_local_computed_tokens)
+        snapshot.hits += 1
+        self.snapshots.hold(new_computed_blocks)
+        self._trail(request_id).append(snapshot)
+        self._order(False, request_id, num_local_computed_tokens, new_computed_blocks)
+
+    def _is_short_for_copy(
+        self, request_id: str, blocks: Sequence[KVCacheBlock], num_tokens: int
+    ) -> bool:
+        """Whether a copy would take blocks that the request itself still needs in this step."""
+        idle: int = self._get_num_evictable_blocks(blocks)
+        if idle < len(blocks):
+            return False
+        pages = cdiv(self._admitted_tokens - num_tokens, self.block_size)
+        rings = self._num_bins * self.allocator.missing_blocks(request_id, self._admitted_tokens)
+        return bool(self.block_pool.get_num_free_blocks() < idle + pages + rings)
 
     def cache_blocks(
         self,
@@ -150,37 +165,33 @@ class SnapshotManager(RingManager):
     ) -> None:
         """Order the snapshots that this step's tokens pass.
 
+        With async scheduling vLLM also calls it as tokens become known, between two steps: no order
+        could be carried out then, so their boundary waits for the request's next step.
+
         Args:
             request: the request.
-            num_tokens: its tokens after the step, those already cached included.
+            num_tokens: its known tokens after the step, those already cached included.
             retention_interval: vLLM's own, for its own specs; not used.
             replay_boundaries: where vLLM expects the prompt to be resumed.
         """
-        request_id = request.request_id
-        num_blocks = num_tokens // self.block_size
-        done = self.num_cached_block.get(request_id, 0)
-        if num_blocks <= done:
-            return
-        self.num_cached_block[request_id] = num_blocks
         size = self.block_size
-        prompt_end = max(replay_boundaries) // size * size
-        kept = {prompt_end, request.shared_prefix_boundary // size * size}
-        for boundary in self._boundaries(done * size, num_blocks * size, prompt_end, kept):
-            self._store(request, boundary, boundary in kept, boundary > prompt_end)
+        done = self.num_cached_block.get(request.request_id, 0)
+        num_blocks = num_tokens // size
+        if num_blocks <= done or not self._in_step:
+            return
+        self.num_cached_block[request.request_id] = num_blocks
+        points = self.policy.boundaries(
+            done * size, num_blocks * size, replay_boundaries, request.shared_prefix_boundary
+        )
+        for boundary, reason in points:
+            # The ring no longer has an earlier state than that before the step.
+            if boundary >= request.num_computed_tokens and not self._store(
+                request, boundary, reason, self._reserve()
+            ):
+                self._late.append((request, boundary, reason))
 
-    def _boundaries(self, low: int, high: int, prompt_end: int, kept: set[int]) -> Iterator[int]:
-        """Where to store, in tokens, after ``low`` up to ``high``, ascending."""
-        points = {point for point in kept if low < point <= high}
-        first = (low // self._interval + 1) * self._interval
-        points.update(range(first, high + 1, self._interval))
-        if high > prompt_end:
-            # Of an answer only the last one counts: each takes the place of the one before.
-            last = high // self._answer_interval * self._answer_interval
-            if last > max(low, prompt_end):
-                points.add(last)
-        return iter(sorted(points))
-
-    def _store(self, request: Request, boundary: int, kept: bool, in_answer: bool) -> None:
+    def _store(self, request: Request, boundary: int, reason: Reason, reserve: int) -> bool:
+        """Order one snapshot; False if that would not leave ``reserve`` free blocks."""
         request_id = request.request_id
         hashes = resolve_block_hashes(
             request.block_hashes, self.block_pool.hash_block_size, self.block_size
@@ -188,30 +199,35 @@ class SnapshotManager(RingManager):
         prefix = hashes[boundary // self.block_size - 1]
         size = self.span.blocks(boundary)
         if self.snapshots.find(prefix, size) is not None:
-            return
-        blocks = self._replaced_blocks(request_id, size) if in_answer else None
+            return True
+        blocks = self._replaced_blocks(request_id, size) if reason is Reason.ANSWER else None
         if blocks is None:
-            blocks = self.snapshots.claim(size, self._reserve())
+            blocks = self.snapshots.claim(size, reserve)
         if blocks is None:
-            return
-        snapshot = self.snapshots.publish(blocks, prefix, boundary)
+            return False
+        snapshot = self.snapshots.publish(blocks, prefix, boundary, reason)
         self._order(True, request_id, boundary, blocks)
         self.stored += 1
-        if in_answer and boundary % self._interval:
-            self._answers[request_id] = snapshot
-        elif kept:
-            self._kept.setdefault(request_id, []).append(snapshot)
+        if reason is not Reason.INTERVAL:
+            self._trail(request_id).append(snapshot)
+        return True
 
     def _replaced_blocks(self, request_id: str, size: int) -> Sequence[KVCacheBlock] | None:
         """The blocks of the answer's snapshot before, if they are still there and nobody uses them."""
-        before = self._answers.pop(request_id, None)
-        if before is None or len(before.blocks) != size or not before.is_whole():
+        trail = self._trail(request_id)
+        before = trail[-1] if trail else None
+        if before is None or before.reason is not Reason.ANSWER or before.hits:
             return None
-        if any(block.ref_cnt > 0 for block in before.blocks):
+        if len(before.blocks) != size or not before.is_whole() or not before.is_idle():
             return None
+        trail.pop()
         self.snapshots.hold(before.blocks)
         self.snapshots.forget(before.blocks)
         return before.blocks
+
+    def _trail(self, request_id: str) -> list[Snapshot]:
+        """What the request has resumed at and stored, ascending."""
+        return self._trails.setdefault(request_id, [])
 
     def _reserve(self) -> int:
         """Free blocks that the step's running requests may still need, at most."""
@@ -224,20 +240,32 @@ class SnapshotManager(RingManager):
         ids = tuple(block.block_id for block in blocks)
         self._orders.append(SnapshotOrder(store, request_id, self.bin, num_tokens, ids))
 
+    def store_late(self) -> None:
+        """At the end of a step: store from what it left free the snapshots that had to wait."""
+        late, self._late = self._late, []
+        for request, boundary, reason in late:
+            if request.request_id in self.allocator.tables:
+                self._store(request, boundary, reason, 0)
+
     def take_orders(self) -> list[SnapshotOrder]:
-        """The step's orders, at its end; lets go of the blocks that they name."""
+        """The step's orders, after ``store_late`` of all bins; lets go of the blocks they name."""
         orders, self._orders = self._orders, []
         self.snapshots.release()
+        self._in_step = False
         return orders
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; its orders of a step that is still being planned are withdrawn."""
-        kept = self._kept.pop(request_id, [])
-        answer = self._answers.pop(request_id, None)
+        trail = self._trails.pop(request_id, [])
         if self._orders:
             self._withdraw(request_id)
-        for snapshot in kept if answer is None else [*kept, answer]:
-            self.snapshots.refresh(snapshot)
+        whole = [snapshot for snapshot in trail if snapshot.is_whole()]
+        for snapshot in whole:
+            if snapshot.reason.one_chat and snapshot.hits <= 1 and snapshot is not whole[-1]:
+                # The chat's next turn resumes further on.
+                self.snapshots.retire(snapshot)
+            else:
+                self.snapshots.refresh(snapshot)
         return super().pop_blocks_for_free(request_id)
 
     def _withdraw(self, request_id: str) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+from vllm_duo.kv_cache.snapshot_policy import Reason
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -44,7 +46,7 @@ def find_snapshot(
     return blocks
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Snapshot:
     """A stored state and the keys it was stored under, by which it is known to be still there.
 
@@ -52,17 +54,25 @@ class Snapshot:
         num_tokens: boundary.
         blocks: its pool blocks, which may since have gone to somebody else.
         keys: the keys they had.
+        reason: why it was stored.
+        hits: requests that resumed at it.
     """
 
     num_tokens: int
     blocks: Sequence[KVCacheBlock]
     keys: Sequence[BlockHashWithGroupId]
+    reason: Reason
+    hits: int = 0
 
     def is_whole(self) -> bool:
         """Whether every block still holds what was stored."""
         return all(
             block.block_hash == key for block, key in zip(self.blocks, self.keys, strict=True)
         )
+
+    def is_idle(self) -> bool:
+        """Whether every block is in the pool's free queue."""
+        return all(block.ref_cnt == 0 for block in self.blocks)
 
 
 class SnapshotPool:
@@ -80,10 +90,22 @@ class SnapshotPool:
         self.pool = pool
         self.group_id = group_id
         self.held: list[KVCacheBlock] = []
+        # By the id of the first block, so there are never more than the pool has blocks.
+        self._known: dict[int, Snapshot] = {}
+        self._retired: list[Snapshot] = []
 
     def find(self, prefix: BlockHash, num_blocks: int) -> list[KVCacheBlock] | None:
         """As ``find_snapshot``, in this pool and group."""
         return find_snapshot(self.pool, prefix, num_blocks, self.group_id)
+
+    def known(self, blocks: Sequence[KVCacheBlock], num_tokens: int) -> Snapshot:
+        """The snapshot that was published in these blocks, which have keys."""
+        snapshot = self._known.get(blocks[0].block_id)
+        if snapshot is None or list(snapshot.blocks) != list(blocks) or not snapshot.is_whole():
+            # Put together from the remains of two: of unknown use, so it is kept as a shared one.
+            keys = [cast("BlockHashWithGroupId", block.block_hash) for block in blocks]
+            snapshot = Snapshot(num_tokens, blocks, keys, Reason.BRANCH)
+        return snapshot
 
     def hold(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Keep blocks from being given away until ``release``; they become most recently used."""
@@ -107,13 +129,15 @@ class SnapshotPool:
         return blocks
 
     def publish(
-        self, blocks: Sequence[KVCacheBlock], prefix: BlockHash, num_tokens: int
+        self, blocks: Sequence[KVCacheBlock], prefix: BlockHash, num_tokens: int, reason: Reason
     ) -> Snapshot:
         """Make held blocks findable as the state at the end of ``prefix``."""
         keys = [snapshot_key(prefix, index, self.group_id) for index in range(len(blocks))]
         for block, key in zip(blocks, keys, strict=True):
             self.pool._insert_block_hash(key, block, num_tokens=num_tokens)
-        return Snapshot(num_tokens, blocks, keys)
+        snapshot = Snapshot(num_tokens, blocks, keys, reason)
+        self._known[blocks[0].block_id] = snapshot
+        return snapshot
 
     def forget(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Nobody shall find these blocks any more."""
@@ -125,7 +149,29 @@ class SnapshotPool:
             self.pool.touch(snapshot.blocks)
             self.pool.free_blocks(snapshot.blocks)
 
+    def retire(self, snapshot: Snapshot) -> None:
+        """Let a snapshot go before anything else in the cache, once the pool is full."""
+        if snapshot.is_whole():
+            self._retired.append(snapshot)
+
     def release(self) -> None:
         """Let go of what the step held; findable blocks stay in the pool as cached."""
         held, self.held = self.held, []
         self.pool.free_blocks(held)
+        self._yield_retired()
+
+    def _yield_retired(self) -> None:
+        """Move retired snapshots to the head of the free queue if only cached blocks are left there.
+
+        vLLM's free queue begins with the blocks that hold nothing, so its head tells.
+        """
+        queue = self.pool.free_block_queue
+        head = queue.fake_free_list_head.next_free_block
+        if not self._retired or head is None or head.block_hash is None:
+            return
+        for snapshot in self._retired:
+            if snapshot.is_whole() and snapshot.is_idle():
+                for block in snapshot.blocks:
+                    queue.remove(block)
+                queue.prepend_n(list(snapshot.blocks))
+        self._retired.clear()

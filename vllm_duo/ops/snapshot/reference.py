@@ -58,7 +58,7 @@ def _chunk_slots(
     """
     context = int(batch.context_lens[copy.row])
     end = int(batch.host_seq_lens[copy.row])
-    if not context < copy.num_tokens <= end:
+    if not context <= copy.num_tokens <= end:
         raise ValueError(
             f"a snapshot at {copy.num_tokens} tokens needs a chunk that reaches it, got tokens "
             f"{context} to {end}"
