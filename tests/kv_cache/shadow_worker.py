@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
 
 from benchmarks.simulated_engine import SimulatedEngine
 from vllm_duo.compat.snapshot_orders import ATTRIBUTE
@@ -33,7 +34,8 @@ class ShadowWorker:
         # Group and slots of each block, as last written.
         self.memory: dict[int, tuple[int, Slots]] = {}
         self.tables: dict[str, list[list[int]]] = {}
-        self.tokens: dict[str, Any] = {}
+        # A request's tokens stay known when it is aborted before its step is carried out.
+        self.requests: dict[str, Request] = {}
         self.keys: dict[str, list[int]] = {}
         self.restored = self.stored = self.steps = 0
 
@@ -70,8 +72,7 @@ class ShadowWorker:
             self.tables.pop(name, None)
         for new in step.scheduled_new_reqs:
             self.tables[new.req_id] = [list(ids) for ids in new.block_ids]
-            self.tokens[new.req_id] = self.engine.scheduler.requests[new.req_id]
-            self.keys[new.req_id] = []
+            self.keys.setdefault(new.req_id, [])
         cached = step.scheduled_cached_reqs
         for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if name in cached.resumed_req_ids:
@@ -87,7 +88,7 @@ class ShadowWorker:
 
     def _key(self, request: str, position: int) -> int:
         """Stands for the key of this position: depends on all tokens up to it."""
-        keys, tokens = self.keys[request], self.tokens[request].all_token_ids
+        keys, tokens = self.keys[request], self.requests[request].all_token_ids
         while len(keys) <= position:
             keys.append(hash((keys[-1] if keys else 0, tokens[len(keys)])))
         return keys[position]
