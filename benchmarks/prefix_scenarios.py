@@ -105,18 +105,30 @@ def chats(
     return Scenario(name=name + (f", {wave} at once" if wave > 1 else ""), waves=tuple(waves))
 
 
-def users(seed: int, *, system_tokens: int = SYSTEM_TOKENS, count: int = USERS) -> Scenario:
+def users(
+    seed: int,
+    *,
+    system_tokens: int = SYSTEM_TOKENS,
+    count: int = USERS,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> Scenario:
     """Scenario (b): one system prompt, users one after another."""
     random = Random(f"users {seed}")
     system = draw(random, system_tokens)
     waves = []
     for index in range(count):
         tokens = system + draw(random, random.randint(*LATER_TOKENS))
-        waves.append((Ask(chat=f"user {index}", tokens=tokens, answer_tokens=ANSWER_TOKENS),))
+        waves.append((Ask(chat=f"user {index}", tokens=tokens, answer_tokens=answer_tokens),))
     return Scenario(name=f"{count} users of one system prompt", waves=tuple(waves))
 
 
-def at_once(seed: int, *, shared_tokens: int = SHARED_TOKENS, count: int = SHARERS) -> Scenario:
+def at_once(
+    seed: int,
+    *,
+    shared_tokens: int = SHARED_TOKENS,
+    count: int = SHARERS,
+    answer_tokens: int = ANSWER_TOKENS,
+) -> Scenario:
     """Scenario (c): requests that share most of their prompt and arrive at once."""
     random = Random(f"at once {seed}")
     shared = draw(random, shared_tokens)
@@ -124,7 +136,7 @@ def at_once(seed: int, *, shared_tokens: int = SHARED_TOKENS, count: int = SHARE
         Ask(
             chat=f"sharer {index}",
             tokens=shared + draw(random, random.randint(*LATER_TOKENS)),
-            answer_tokens=ANSWER_TOKENS,
+            answer_tokens=answer_tokens,
         )
         for index in range(count)
     )

@@ -227,12 +227,19 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ),
         ("vllm.v1.core.block_pool:BlockHashToBlockMap.get_one_block", takes("key")),
         (f"{UTILS}:make_block_hash_with_group_id", takes("block_hash", "group_id")),
-        (f"{UTILS}:KVCacheBlock", members("block_hash")),
+        (f"{UTILS}:KVCacheBlock", members("block_hash", "next_free_block")),
+        ("vllm.v1.core.block_pool:BlockPool", sets("free_block_queue")),
+        (f"{UTILS}:FreeKVCacheBlockQueue", sets("fake_free_list_head")),
+        (f"{UTILS}:FreeKVCacheBlockQueue.remove", takes("block")),
+        (f"{UTILS}:FreeKVCacheBlockQueue.prepend_n", takes("blocks")),
     ],
     "kv_cache/snapshot_manager.py": [
         (f"{UTILS}:resolve_block_hashes", None),
         ("vllm.v1.request:Request", sets("shared_prefix_boundary", "block_hashes")),
         (f"{MANAGERS}:SingleTypeKVCacheManager._get_num_evictable_blocks", takes("blocks")),
+    ],
+    "compat/preempted_pages.py": [
+        ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", takes("request")),
     ],
     "compat/snapshot_orders.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler.schedule", None),

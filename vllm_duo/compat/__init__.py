@@ -12,6 +12,7 @@ def install() -> None:
         cpu_platform,
         kv_cache_groups,
         pool_report,
+        preempted_pages,
         scheduler_stats,
         slot_mapping,
         snapshot_orders,
@@ -25,7 +26,12 @@ def install() -> None:
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
     after_import(
         "vllm.v1.core.sched.scheduler",
-        _all(pool_report.patch, scheduler_stats.patch, snapshot_orders.patch_scheduler),
+        _all(
+            pool_report.patch,
+            scheduler_stats.patch,
+            preempted_pages.patch,
+            snapshot_orders.patch_scheduler,
+        ),
     )
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)
     after_import(
