@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,12 +154,11 @@ def run_scenario(server: ServerProcess, scenario: Scenario) -> Result:
     widest = max(map(len, scenario.waves))
     with watch_usage(server, result), ThreadPoolExecutor(widest) as pool:
         for wave in scenario.waves:
-            prompts = [histories.get(ask.chat, ()) + ask.tokens for ask in wave]
-            lengths = [ask.answer_tokens for ask in wave]
-            for asked, prompt, (tokens, hits) in zip(
-                wave, prompts, pool.map(lambda p, n: ask(client, p, n), prompts, lengths), strict=True
-            ):
-                histories[asked.chat] = prompt + tokens
+            prompts = [histories.get(sent.chat, ()) + sent.tokens for sent in wave]
+            lengths = [sent.answer_tokens for sent in wave]
+            answers = pool.map(partial(ask, client), prompts, lengths)
+            for sent, prompt, (tokens, hits) in zip(wave, prompts, answers, strict=True):
+                histories[sent.chat] = prompt + tokens
                 result.answers.append((prompt, tokens))
                 result.by_request.append((len(prompt), hits))
                 result.prompt_tokens += len(prompt)

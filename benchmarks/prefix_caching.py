@@ -87,7 +87,9 @@ def run_part(
             stock_blocks=stock_blocks // POOLS[pool],
         )
         with serve(served, Path(folder) / "server.log") as server:
-            console.log(f"{kind}, {pool} pool: {served.blocks} blocks of {served.block_bytes} bytes")
+            console.log(
+                f"{kind}, {pool} pool: {served.blocks} blocks of {served.block_bytes} bytes"
+            )
             results = []
             for scenario in scenarios:
                 result = run_scenario(server, scenario)
@@ -138,7 +140,9 @@ def report(result: dict[str, Any], console: Console) -> bool:
             cells = f"{theirs['hit_tokens']:,}", f"{ours['hit_tokens']:,}", f"{ratio:.3f}"
             table.add_row(pool, name, f"{theirs.get('prompt_tokens', 0):,}", *cells)
     console.print(table)
-    capacity = Table("server", "pool", "blocks", "MiB", "tokens held at once", "peak held", "differ")
+    capacity = Table(
+        "server", "pool", "blocks", "MiB", "tokens held at once", "peak held", "differ"
+    )
     for part in result["parts"]:
         figures = part["capacity"]
         peak = max(scenario["peak_held_share"] for scenario in part["scenarios"])

@@ -152,7 +152,9 @@ class ShadowWorker:
         for position in range(start, end):
             if position < spec.sink_size or position >= end - span.ring_size:
                 column, offset = self._place(span, position)
-                self._slots(group, blocks[column], write=True)[offset] = self._key(request, position)
+                self._slots(group, blocks[column], write=True)[offset] = self._key(
+                    request, position
+                )
 
     def _place(self, span: Any, position: int) -> tuple[int, int]:
         return divmod(span.slot(position), span.block_size)

@@ -197,9 +197,7 @@ def test_any_history_reads_only_its_own_keys(sparsity, mode, seed):
         for _ in range(random.randrange(12)):
             driver.step()
         if random.random() < 0.2:
-            engine.scheduler.finish_requests(
-                random.choice(alive), RequestStatus.FINISHED_ABORTED
-            )
+            engine.scheduler.finish_requests(random.choice(alive), RequestStatus.FINISHED_ABORTED)
         if random.random() < 0.05:
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
     driver.run(20_000)

@@ -73,5 +73,6 @@ class SnapshotPolicy:
             # Of an answer only the last one counts: each takes the place of the one before.
             points.setdefault(last, Reason.ANSWER)
         return sorted(
-            (point for point in points.items() if low < point[0] <= high), key=lambda point: point[0]
+            (point for point in points.items() if low < point[0] <= high),
+            key=lambda point: point[0],
         )
