@@ -73,6 +73,7 @@ class SimulatedEngine:
         outputs: Sequence[int] | None = None,
         max_tokens: int | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """Queue a request.
 
@@ -82,6 +83,7 @@ class SimulatedEngine:
             outputs: the tokens that the model is to sample; None for made-up ones.
             max_tokens: tokens to sample; default: as many as ``outputs``, else 16.
             cache_salt: requests of different salts share no prefix.
+            priority: lower goes first, under the priority policy.
         """
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
@@ -96,6 +98,7 @@ class SimulatedEngine:
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
             cache_salt=cache_salt,
+            priority=priority,
             block_hasher=self.block_hasher,
         )
         self.scheduler.add_request(request)
@@ -169,6 +172,7 @@ def make_engine(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8_192,
     prefix_caching: bool = False,
+    scheduling_policy: str = "fcfs",
     hash_function: Callable[[Any], bytes] | None = None,
     duo: dict[str, Any] | None = None,
 ) -> SimulatedEngine:
@@ -185,6 +189,7 @@ def make_engine(
         max_num_seqs: most running requests.
         max_num_batched_tokens: most tokens of a step.
         prefix_caching: whether finished blocks may be reused.
+        scheduling_policy: "fcfs" or "priority".
         hash_function: of prefix caching; default: vLLM's default, SHA-256.
         duo: more settings of duo's section, such as ``sink_size``.
 
@@ -206,6 +211,7 @@ def make_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        scheduling_policy=scheduling_policy,
     )
     config.cache_config.enable_prefix_caching = prefix_caching
     register_all_kvcache_specs(config)
