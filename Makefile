@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test test-all lint format type clean needle
+.PHONY: help setup demo serve test test-all soak lint format type clean needle
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,10 +25,13 @@ serve: setup  ## Serve MODEL (default: the needle model) on PORT until Ctrl-C
 	$(BIN)/vllm serve $(MODEL) --attention-backend duo --dtype float32 --port $(PORT)
 
 test: setup  ## The whole suite but its slow cases
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not soak"
 
 test-all: setup  ## The whole suite with the slow cases
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: setup  ## A million scheduler steps under random histories (under an hour)
+	$(BIN)/python -m pytest -m soak
 
 lint: setup  ## ruff, formatting, types
 	$(BIN)/ruff check .

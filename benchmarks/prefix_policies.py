@@ -60,16 +60,16 @@ class WithoutRetiring(SnapshotPolicy):
     """As in use, but a chat's past snapshots are kept as long as the others."""
 
 
-POLICIES: dict[str, Callable[[int, int], SnapshotPolicy]] = {
+POLICIES: dict[str, Callable[[int, int, int], SnapshotPolicy]] = {
     "in use": SnapshotPolicy,
     "past turns kept": WithoutRetiring,
-    "answers every 16": lambda size, interval: SnapshotPolicy(size, interval, 16),
-    "answers every 128": lambda size, interval: SnapshotPolicy(size, interval, 128),
+    "answers every 16": lambda size, interval, _: SnapshotPolicy(size, interval, 16),
+    "answers every 128": lambda size, interval, _: SnapshotPolicy(size, interval, 128),
     "no answers": WithoutAnswers,
     "no interval": WithoutInterval,
-    "interval 256": lambda size, _: SnapshotPolicy(size, 256),
+    "interval 256": lambda size, _, answer: SnapshotPolicy(size, 256, answer),
     "interval 1024 only": IntervalOnly,
-    "interval 256 only": lambda size, _: IntervalOnly(size, 256),
+    "interval 256 only": lambda size, _, answer: IntervalOnly(size, 256, answer),
     "every block": EveryBlock,
     "chunk ends only": ChunkEnds,
 }

@@ -84,7 +84,7 @@ class SimulatedEngine:
             outputs: the tokens that the model is to sample; None for made-up ones.
             max_tokens: tokens to sample; default: as many as ``outputs``, else 16.
             cache_salt: requests of different salts share no prefix.
-            priority: the lower, the sooner, where the engine schedules by priority.
+            priority: lower goes first, under the priority policy.
             sampling: more sampling parameters.
         """
         from vllm.sampling_params import SamplingParams
@@ -176,9 +176,9 @@ def make_engine(
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 8_192,
     prefix_caching: bool = False,
+    scheduling_policy: str = "fcfs",
     hash_function: Callable[[Any], bytes] | None = None,
     duo: dict[str, Any] | None = None,
-    by_priority: bool = False,
     async_scheduling: bool = False,
 ) -> SimulatedEngine:
     """Make an engine as vLLM's engine core does, from a config alone.
@@ -194,9 +194,9 @@ def make_engine(
         max_num_seqs: most running requests.
         max_num_batched_tokens: most tokens of a step.
         prefix_caching: whether finished blocks may be reused.
+        scheduling_policy: "fcfs" or "priority".
         hash_function: of prefix caching; default: vLLM's default, SHA-256.
         duo: more settings of duo's section, such as ``sink_size``.
-        by_priority: schedule by the requests' priority, not first come, first served.
         async_scheduling: a step is scheduled before the one ahead of it has ended, as on GPUs.
 
     Raises:
@@ -217,7 +217,7 @@ def make_engine(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        scheduling_policy="priority" if by_priority else "fcfs",
+        scheduling_policy=scheduling_policy,
     )
     config.cache_config.enable_prefix_caching = prefix_caching
     # vLLM's CPU platform switches it off, but the scheduler is the same everywhere.

@@ -149,7 +149,9 @@ def test_snapshots_are_stored_where_a_step_may_take_the_whole_pool(sparsity):
 
 def test_a_victim_of_its_own_step_leaves_nothing_to_hit():
     """By priority a request may lose its blocks after it was scheduled, before it was computed."""
-    driver = Driver(small_engine(snapshots=4, by_priority=True, max_num_batched_tokens=512))
+    driver = Driver(
+        small_engine(snapshots=4, scheduling_policy="priority", max_num_batched_tokens=512)
+    )
     engine = driver.engine
     low = engine.add("low", [5] * 250, max_tokens=200, priority=5)
     driver.step()
@@ -174,7 +176,7 @@ def test_any_history_reads_only_its_own_keys(sparsity, mode, seed):
         sparsity,
         requests=2,
         snapshots=9,
-        by_priority=mode == "priority",
+        scheduling_policy="priority" if mode == "priority" else "fcfs",
         async_scheduling=mode == "async",
         max_num_batched_tokens=(64, 128, 300, 1_024)[seed],
     )

@@ -10,6 +10,7 @@ May go: once a spec can name its group.
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ def patch(module: ModuleType) -> None:
     """
     original = module.get_kv_cache_groups
 
+    @wraps(original)
     def get_kv_cache_groups(
         vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> list[KVCacheGroupSpec]:

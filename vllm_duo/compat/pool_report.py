@@ -9,6 +9,7 @@ May go: never; this is a check, put where vLLM has just decided.
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def patch(module: ModuleType) -> None:
     """
     original = module.Scheduler.__init__
 
+    @wraps(original)
     def __init__(
         self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
     ) -> None:

@@ -10,6 +10,7 @@ May go: once a plugin can add fields to the scheduler's statistics.
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ def patch(module: ModuleType) -> None:
     """
     original = module.Scheduler.make_stats
 
+    @wraps(original)
     def make_stats(self: Any, *args: Any, **kwargs: Any) -> Any:
         stats = original(self, *args, **kwargs)
         if stats is not None:

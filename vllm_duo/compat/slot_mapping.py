@@ -9,6 +9,7 @@ May go: once the V1 runner honours ``KVCacheSpec.uses_slot_mapping``, as V2 does
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ def patch(module: ModuleType) -> None:
     runner = module.GPUModelRunner
     original = runner.may_reinitialize_input_batch
 
+    @wraps(original)
     def may_reinitialize_input_batch(self: Any, kv_cache_config: Any) -> None:
         from vllm.v1.kv_cache_interface import iter_layer_specs
         from vllm.v1.worker.block_table import SlotMappingMode

@@ -10,6 +10,7 @@ May go: once a KV cache manager can hand data of its own to the worker.
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def patch_scheduler(module: ModuleType) -> None:
     """
     original = module.Scheduler.schedule
 
+    @wraps(original)
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
         orders = take_orders(self.kv_cache_manager)
@@ -64,6 +66,7 @@ def patch_runner(module: ModuleType) -> None:
     """
     original = module.GPUModelRunner.execute_model
 
+    @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         orders = getattr(scheduler_output, ATTRIBUTE, None)
         if not orders:

@@ -11,6 +11,7 @@ May go: once a stat logger plugin can decline.
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ def patch(module: ModuleType) -> None:
     manager = module.StatLoggerManager
     original = manager.__init__
 
+    @wraps(original)
     def __init__(
         self: Any,
         vllm_config: Any,

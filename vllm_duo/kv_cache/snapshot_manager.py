@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from vllm_duo.kv_cache.spec import StreamingSpec
 
+ANSWER_INTERVAL = 64
+"""Tokens between the snapshots of an answer, rounded up to whole blocks."""
+
 
 class SnapshotManager(RingManager):
     """Streaming blocks of one bin, with snapshots for prefix hits."""
@@ -40,7 +43,7 @@ class SnapshotManager(RingManager):
         spec = kv_cache_spec
         self.span = spec.span
         self.snapshots = SnapshotPool(self.block_pool, self.kv_cache_group_id)
-        self.policy = SnapshotPolicy(self.block_size, spec.snapshot_interval)
+        self.policy = SnapshotPolicy(self.block_size, spec.snapshot_interval, ANSWER_INTERVAL)
         self.bin = spec.bin
         # Blocks that the running requests of a step may still claim: one for each started block of
         # its tokens, one more a request, and what their rings miss (in every bin).

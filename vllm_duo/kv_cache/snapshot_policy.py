@@ -11,9 +11,6 @@ from enum import Enum
 
 from vllm_duo.kv_cache.layout import cdiv
 
-ANSWER_INTERVAL = 64
-"""Tokens between the snapshots of an answer, rounded up to whole blocks."""
-
 
 class Reason(Enum):
     """Why a snapshot was stored, which says how it is likely to be hit."""
@@ -39,13 +36,13 @@ class SnapshotPolicy:
 
     Attributes:
         block_size: boundaries are its multiples, in tokens.
-        interval: tokens between the regular snapshots.
-        answer_interval: tokens between the snapshots of an answer.
+        interval: tokens between the regular snapshots, rounded up to whole blocks.
+        answer_interval: tokens between the snapshots of an answer, likewise.
     """
 
     block_size: int
     interval: int
-    answer_interval: int = ANSWER_INTERVAL
+    answer_interval: int
 
     def boundaries(
         self, low: int, high: int, replay: Sequence[int], branch: int

@@ -1,0 +1,172 @@
+"""Any history of requests under vLLM's own scheduler: right reads, sound accounts, nothing lost."""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from benchmarks.simulated_config import ModelShape
+from benchmarks.simulated_engine import make_engine
+from tests.e2e.engine import write_pattern
+from tests.kv_cache.symbolic import History
+from vllm_duo.kv_cache import snapshot_manager
+
+BLOCK_SIZE = 4
+MAX_MODEL_LEN = 160
+SOAK_STEPS = int(os.environ.get("VLLM_DUO_SOAK_STEPS", 1_000_000))
+"""Steps of `make soak`; fewer for a look."""
+
+MASKS = {
+    # One retrieval head and three streaming ones a layer: narrow blocks, so several bins.
+    "several bins": [[True, False, False, False]] * 3,
+    "one bin": [[True, True, True, False], [False] * 4, [True] * 4],
+    "only streaming": [[False] * 4] * 2,
+}
+SIZES = {"several bins": (5, 11), "one bin": (3, 9), "only streaming": (0, 6)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patterns(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patterns")
+    snapshot_manager.ANSWER_INTERVAL, usual = 8, snapshot_manager.ANSWER_INTERVAL
+    for name, mask in MASKS.items():
+        PATTERNS[name] = str(write_pattern(folder / name.replace(" ", "-"), mask))
+    yield
+    snapshot_manager.ANSWER_INTERVAL = usual
+
+
+PATTERNS: dict[str, str] = {}
+
+
+def history_of(name: str, caching: bool, policy: str, chunk: int, interval: int) -> History:
+    """A new engine whose pool holds one and a half of its longest requests."""
+    sink, recent = SIZES[name]
+    shape = ModelShape(
+        num_layers=len(MASKS[name]), num_heads=4, num_kv_heads=4, head_size=16, pattern=""
+    )
+
+    def engine(pool_blocks: int, block_bytes: int):
+        return make_engine(
+            "duo",
+            shape,
+            pattern=PATTERNS[name],
+            pool_bytes=pool_blocks * block_bytes,
+            block_size=BLOCK_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=6,
+            max_num_batched_tokens=chunk,
+            prefix_caching=caching,
+            scheduling_policy=policy,
+            duo={"sink_size": sink, "recent_size": recent, "snapshot_interval": interval},
+        )
+
+    layout = engine(1000, 1 << 16).layout
+    assert layout is not None
+    return History(engine(1 + layout.blocks(MAX_MODEL_LEN) * 3 // 2, layout.block_bytes))
+
+
+class HistoryMachine(RuleBasedStateMachine):
+    """Random rules over one engine."""
+
+    @initialize(
+        name=st.sampled_from(sorted(MASKS)),
+        caching=st.sampled_from([True, True, False]),
+        policy=st.sampled_from(["fcfs", "priority"]),
+        chunk=st.sampled_from([16, 32, 200]),
+        interval=st.sampled_from([4, 12, 40]),
+    )
+    def start(self, **choices):
+        self.history = history_of(**choices)
+
+    @rule(
+        base=st.integers(0, 7),
+        shared=st.integers(0, 60),
+        tail=st.integers(1, 40),
+        answer=st.integers(1, 60),
+        copies=st.sampled_from([1, 1, 1, 2, 3]),
+        salt=st.sampled_from([0, 0, 0, 1]),
+    )
+    def add(self, **request):
+        self.history.add(**request)
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count):
+        for _ in range(count):
+            self.history.step()
+
+    @rule(which=st.integers(0, 100))
+    def abort(self, which):
+        self.history.abort(which)
+
+    @rule(running=st.booleans())
+    def reset(self, running):
+        self.history.reset(running)
+
+    def teardown(self):
+        if hasattr(self, "history"):
+            self.history.drain()
+
+
+HistoryMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestAnyHistory = HistoryMachine.TestCase
+
+
+def run(history: History, random: Random, steps: int) -> None:
+    """Drive a history at random, busier than hypothesis does."""
+    while history.counts["steps"] < steps:
+        chance = random.random()
+        if chance < 0.25 and len(history.engine.scheduler.requests) < 12:
+            history.add(
+                random.randrange(8),
+                random.choice([0, 20, 40, 60]),
+                random.randrange(1, 41),
+                random.randrange(1, 61),
+                copies=random.choice([1, 1, 1, 3]),
+                salt=random.choice([0, 0, 0, 1]),
+            )
+        elif chance < 0.28:
+            history.abort(random.randrange(100))
+        elif chance < 0.285:
+            history.reset(random.random() < 0.5)
+        else:
+            history.step()
+    history.drain()
+
+
+CASES = [
+    (name, caching, policy, chunk)
+    for name in MASKS
+    for caching in (True, False)
+    for policy in ("fcfs", "priority")
+    for chunk in (16, 48)
+]
+
+
+@pytest.mark.parametrize(("name", "caching", "policy", "chunk"), CASES)
+def test_ten_thousand_steps(name, caching, policy, chunk):
+    history = history_of(name, caching, policy, chunk, interval=12)
+    run(history, Random(f"{name} {caching} {policy} {chunk}"), 10_000 // len(CASES) + 1)
+    counts = history.counts
+    # What is to be survived has to happen.
+    assert counts["preempted"] > 0
+    assert counts["aborted"] > 0
+    assert (counts["hits"] > 0) == caching
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("name", "caching", "policy", "chunk"), CASES)
+def test_soak(name, caching, policy, chunk):
+    history = history_of(name, caching, policy, chunk, interval=12)
+    run(history, Random(f"soak {name} {caching} {policy} {chunk}"), SOAK_STEPS // len(CASES))
+    assert history.counts["steps"] >= SOAK_STEPS // len(CASES)
