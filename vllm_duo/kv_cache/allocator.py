@@ -74,6 +74,17 @@ class RingAllocator:
         self._held += missing
         return new
 
+    def adopt(self, request_id: str, blocks: Sequence[Block]) -> None:
+        """Begin a new request's table with blocks that the caller hands over.
+
+        Args:
+            request_id: a request without a table.
+            blocks: the state of a request's first tokens, in table order; held once, by the caller.
+        """
+        assert request_id not in self.tables, "only a new request starts from a state"
+        self.tables[request_id].extend(blocks)
+        self._held += len(blocks)
+
     def pop(self, request_id: str) -> list[Block]:
         """Forget a request and return its blocks, still owned by the caller."""
         table = self.tables.pop(request_id, [])

@@ -12,7 +12,9 @@ stored
   ``Request.shared_prefix_boundary``; the admission rule of Marconi, arXiv:2411.19379).
 
 A snapshot is stored only from blocks that no running request can need in the step, so prefix caching
-never delays or preempts one.
+never delays or preempts one. A request that resumes at a snapshot gets a copy of it as its ring; where
+the pool has no room for both, the snapshot itself becomes the ring, so a hit never keeps a request out
+that would fit without it.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class SnapshotManager(RingManager):
         # By request: the snapshot that its answer replaces, and those to keep when it ends.
         self._answers: dict[str, Snapshot] = {}
         self._kept: dict[str, list[Snapshot]] = {}
+        # The hit of the request that is just being admitted.
+        self._resuming: Snapshot | None = None
         self.hits = 0
         self.hit_tokens = 0
         self.stored = 0
@@ -109,12 +113,14 @@ class SnapshotManager(RingManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks that the next claim takes, and those of the hit, which the step keeps from others."""
+        """Blocks that the next claim takes from the pool.
+
+        A snapshot that nobody reads counts among them, since it may become the ring; the rest of one
+        that is read in this step comes on top.
+        """
         missing = self.allocator.missing_blocks(request_id, num_tokens)
-        if not new_computed_blocks:
-            return missing
         evictable: int = self._get_num_evictable_blocks(new_computed_blocks)
-        return missing + evictable
+        return missing if evictable == len(new_computed_blocks) else missing + evictable
 
     def add_local_computed_blocks(
         self,
@@ -123,7 +129,7 @@ class SnapshotManager(RingManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Order the hit's state to be copied into the request's ring, which is claimed next."""
+        """Keep the hit's blocks from being given away; the request's ring is claimed next."""
         if num_external_computed_tokens > 0:
             self._refuse_hits(request_id, (), num_external_computed_tokens)
         self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
@@ -134,11 +140,34 @@ class SnapshotManager(RingManager):
         self.snapshots.hold(new_computed_blocks)
         keys = [block.block_hash for block in new_computed_blocks]
         assert None not in keys, "a hit's blocks have hashes"
-        hit = Snapshot(num_local_computed_tokens, tuple(new_computed_blocks), cast("Any", keys))
-        self._kept.setdefault(request_id, []).append(hit)
-        self._order(False, request_id, num_local_computed_tokens, new_computed_blocks)
+        self._resuming = Snapshot(
+            num_local_computed_tokens, tuple(new_computed_blocks), cast("Any", keys)
+        )
         self.hits += 1
         self.hit_tokens += num_local_computed_tokens
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Claim what ``num_tokens`` tokens need, and order a hit's state to be copied there."""
+        hit, self._resuming = self._resuming, None
+        if hit is None:
+            return self.allocator.claim(request_id, num_tokens)
+        if self._has_room_beside(self.allocator.missing_blocks(request_id, num_tokens)) or any(
+            block.ref_cnt > 1 for block in hit.blocks
+        ):
+            self._kept.setdefault(request_id, []).append(hit)
+            self._order(False, request_id, hit.num_tokens, hit.blocks)
+        else:
+            self.snapshots.give(hit.blocks)
+            self.allocator.adopt(request_id, hit.blocks)
+        self.allocator.claim(request_id, num_tokens)
+        return list(self.allocator.tables[request_id])
+
+    def _has_room_beside(self, missing: int) -> bool:
+        """Whether this bin and those after it can all claim whole rings."""
+        bins = self._num_bins - self.bin
+        return self.block_pool.get_num_free_blocks() >= missing * bins
 
     def cache_blocks(
         self,

@@ -119,6 +119,12 @@ class SnapshotPool:
         """Nobody shall find these blocks any more."""
         self.pool.evict_blocks({block.block_id for block in blocks})
 
+    def give(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Give held blocks to the caller, who will write into them."""
+        given = {block.block_id for block in blocks}
+        self.held = [block for block in self.held if block.block_id not in given]
+        self.forget(blocks)
+
     def refresh(self, snapshot: Snapshot) -> None:
         """Make a snapshot most recently used, if it is still there."""
         if snapshot.is_whole():
