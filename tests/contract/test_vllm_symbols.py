@@ -240,6 +240,14 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (f"{RUNNER}:GPUModelRunner", sets("input_batch")),
         ("vllm.v1.worker.gpu_input_batch:InputBatch", sets("req_id_to_index")),
     ],
+    "compat/withdrawn_tokens.py": [
+        ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", takes("request")),
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule",
+            names("num_computed_tokens"),
+        ),
+        ("vllm.v1.core.block_pool:BlockPool.evict_blocks", takes("block_ids")),
+    ],
     "kv_cache/allocator.py": [
         ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", takes("num_blocks")),
         ("vllm.v1.core.block_pool:BlockPool.free_blocks", takes("ordered_blocks")),

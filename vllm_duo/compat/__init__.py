@@ -17,6 +17,7 @@ def install() -> None:
         snapshot_orders,
         spec_registry,
         stat_loggers,
+        withdrawn_tokens,
     )
     from vllm_duo.compat.after_import import after_import
 
@@ -25,7 +26,12 @@ def install() -> None:
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
     after_import(
         "vllm.v1.core.sched.scheduler",
-        _all(pool_report.patch, scheduler_stats.patch, snapshot_orders.patch_scheduler),
+        _all(
+            pool_report.patch,
+            scheduler_stats.patch,
+            snapshot_orders.patch_scheduler,
+            withdrawn_tokens.patch,
+        ),
     )
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)
     after_import(
