@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import contextmanager
 
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tests.e2e.engine import answer_of
 from vllm_duo.kv_cache.layout import cdiv
@@ -47,10 +47,14 @@ class Stepper:
 
     def add(self, name, prompt, *, max_tokens=32, priority=0, salt=None, **sampling):
         """Queue a request; greedy unless ``sampling`` says otherwise."""
-        params = self.running.sampling(max_tokens)
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        for key, value in sampling.items():
-            setattr(params, key, value)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=3,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **{"temperature": 0.0, **sampling},
+        )
         inputs = {"prompt_token_ids": list(prompt)} | ({"cache_salt": salt} if salt else {})
         self.engine.add_request(name, inputs, params, priority=priority)
 
@@ -119,7 +123,9 @@ class Stepper:
 
 def table_holders(manager, running):
     """How often one group's tables name each block; its tables are as long as the formulas say."""
-    assert manager.req_to_blocks.keys() <= running.keys(), "a request that does not run holds blocks"
+    assert manager.req_to_blocks.keys() <= running.keys(), (
+        "a request that does not run holds blocks"
+    )
     assert manager.num_cached_block.keys() <= running.keys()
     holders = Counter()
     for request_id, table in manager.req_to_blocks.items():

@@ -229,3 +229,148 @@ class TestPriority:
             assert_right(oracle, {"victim": victim, "urgent": urgent}[name], stepper.answer(name))
         assert_right(oracle, victim, stepper.ask("again", victim))
         assert stepper.hit("again") == (384 if caching else 0)
+
+
+class TestCacheReset:
+    PROMPTS = prompts_of([200, 260], seed=25)
+
+    def ask_all(self, stepper, oracle, tag):
+        """Right answers; returns the hits."""
+        for index, prompt in enumerate(self.PROMPTS):
+            assert_right(oracle, prompt, stepper.ask(f"{tag}{index}", prompt))
+        return [stepper.hit(f"{tag}{index}") for index in range(len(self.PROMPTS))]
+
+    def test_nothing_is_hit_afterwards(self, stepper, oracle, caching):
+        self.ask_all(stepper, oracle, "first")
+        assert self.ask_all(stepper, oracle, "warm") == ([192, 256] if caching else [0, 0])
+        assert stepper.running.llm.reset_prefix_cache()
+        assert self.ask_all(stepper, oracle, "cold") == [0, 0]
+
+    def test_is_refused_while_requests_run(self, stepper, oracle, caching):
+        self.ask_all(stepper, oracle, "first")
+        stepper.add("running", self.PROMPTS[0])
+        stepper.step(5)
+        assert not stepper.running.llm.reset_prefix_cache()
+        stepper.check()
+        stepper.run()
+        assert_right(oracle, self.PROMPTS[0], stepper.answer("running"))
+        assert self.ask_all(stepper, oracle, "warm") == ([192, 256] if caching else [0, 0])
+
+    @pytest.mark.parametrize("moment", [2, 12], ids=["mid-prompt", "mid-answer"])
+    def test_with_running_requests_starts_them_again(self, moment, stepper, oracle):
+        self.ask_all(stepper, oracle, "first")
+        for index, prompt in enumerate(self.PROMPTS):
+            stepper.add(str(index), [*prompt[:-1], 7], max_tokens=40)
+        stepper.step(moment)
+        assert len(stepper.scheduler.running) == 2
+        assert stepper.running.llm.reset_prefix_cache(reset_running_requests=True)
+        stepper.check()
+        assert not any(block.block_hash for block in stepper.pool.blocks)
+        stepper.run()
+        for index, prompt in enumerate(self.PROMPTS):
+            assert_right(oracle, [*prompt[:-1], 7], stepper.answer(str(index)))
+        assert len(stepper.preempted) == 2
+
+
+class TestSleep:
+    """A CPU has no memory to give back: vLLM pauses its scheduler, and says so where asked for more."""
+
+    PROMPTS = prompts_of([150, 250], seed=26)
+
+    def test_kept_requests_go_on_and_queued_ones_start(self, stepper, oracle):
+        stepper.add("before", self.PROMPTS[0])
+        stepper.step(6)
+        stepper.running.llm.sleep(level=0, mode="keep")
+        stepper.add("meanwhile", self.PROMPTS[1])
+        stepper.step(3)
+        assert stepper.request("before").num_output_tokens < 6
+        stepper.running.llm.wake_up(tags=["scheduling"])
+        stepper.run()
+        for name, prompt in zip(("before", "meanwhile"), self.PROMPTS, strict=True):
+            assert_right(oracle, prompt, stepper.answer(name))
+
+    def test_level_1_ends_what_runs_and_forgets_what_is_cached(self, stepper, oracle):
+        stepper.ask("first", self.PROMPTS[0])
+        stepper.add("running", self.PROMPTS[1])
+        stepper.step(6)
+        stepper.running.llm.sleep(level=1)
+        assert stepper.running.llm.llm_engine.is_sleeping()
+        stepper.check()
+        assert stepper.pool.get_num_free_blocks() == POOL_BLOCKS
+        stepper.engine.abort_request(["running"])  # the in-process engine does not tell the client
+        stepper.running.llm.wake_up()
+        for index, prompt in enumerate(self.PROMPTS):
+            assert_right(oracle, prompt, stepper.ask(str(index), prompt))
+            assert stepper.hit(str(index)) == 0
+
+    def test_sleep_mode_gets_vllms_own_answer(self, model):
+        from vllm import EngineArgs
+
+        with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+            EngineArgs(
+                str(model), attention_backend="duo", enable_sleep_mode=True
+            ).create_engine_config()
+
+
+class TestLookUp:
+    """Who may read the cache, and who may not."""
+
+    PROMPT = prompts_of([150], seed=27)[0]
+
+    def test_prompt_logprobs_are_computed_not_read(self, stepper, oracle, caching):
+        stepper.ask("first", self.PROMPT)
+        stepper.ask("scored", self.PROMPT, prompt_logprobs=2)
+        assert stepper.hit("scored") == 0
+        assert_right(oracle, self.PROMPT, stepper.answer("scored"))
+        reference = oracle.logprobs(self.PROMPT)
+        first, *rows = stepper.outputs["scored"].prompt_logprobs
+        assert first is None
+        for row, expected in zip(rows, reference, strict=False):
+            for token, entry in row.items():
+                assert entry.logprob == pytest.approx(float(expected[token]), abs=1e-2)
+        stepper.ask("last", self.PROMPT)
+        assert stepper.hit("last") == (144 if caching else 0)
+
+    def test_a_salt_keeps_users_apart(self, stepper, oracle, caching):
+        hits = []
+        for index, salt in enumerate(("one", "two", "one", None, "two")):
+            assert_right(oracle, self.PROMPT, stepper.ask(str(index), self.PROMPT, salt=salt))
+            hits.append(stepper.hit(str(index)))
+        assert hits == ([0, 0, 144, 0, 144] if caching else [0] * 5)
+
+
+def test_async_scheduling_stays_off_on_a_cpu(running):
+    """vLLM's CPU platform switches it off; should that change, the managers need a second look."""
+    assert running.llm.llm_engine.vllm_config.scheduler_config.async_scheduling is False
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))]
+)
+def test_any_mix_of_events(seed, stepper, oracle, caching):
+    """Shared prefixes, priorities, aborts and forced resets, more than the pool can hold."""
+    rng = random.Random(seed)
+    shared = prompts_of([120, 260, 330], seed=28)
+    prompts, aborted = {}, set()
+    for index in range(50):
+        name = f"r{index}"
+        prefix = rng.choice(shared)[: rng.randrange(1, 331)]
+        prompts[name] = prefix + prompts_of([rng.randrange(1, 120)], seed=100 * seed + index)[0]
+        stepper.add(
+            name, prompts[name], priority=rng.randrange(3), max_tokens=rng.choice([1, 9, 40, 90])
+        )
+        stepper.step(rng.choice([0, 0, 3, 15]))
+        if rng.random() < 0.2:
+            victim = rng.choice(sorted(prompts.keys() - stepper.outputs.keys() - aborted) or [name])
+            stepper.engine.abort_request([victim])
+            aborted.add(victim)
+        if rng.random() < 0.05:
+            stepper.running.llm.reset_prefix_cache(reset_running_requests=rng.random() < 0.5)
+        stepper.check()
+    stepper.run()
+    assert stepper.preempted
+    assert caching == (sum(output.num_cached_tokens for output in stepper.outputs.values()) > 0)
+    assert stepper.outputs.keys() == prompts.keys() - (aborted - stepper.outputs.keys())
+    for name, output in stepper.outputs.items():
+        if output.outputs[0].finish_reason == "length":
+            assert_right(oracle, prompts[name], stepper.answer(name))

@@ -51,7 +51,9 @@ def test_a_pool_for_one_request_admits_it_at_any_hit(layout, num_tokens):
 def test_where_the_pool_is_tight_the_snapshot_becomes_the_ring(layout):
     engine = engine_after(33, layout, layout.blocks(320))
     probe = engine.request("probe", 320)
-    (*_, snapshot), _, _ = engine.manager.coordinator.find_longest_cache_hit(probe.block_hashes, 319)
+    (*_, snapshot), _, _ = engine.manager.coordinator.find_longest_cache_hit(
+        probe.block_hashes, 319
+    )
     resume(engine, "again", 320)
     assert restores(engine) == []
     ring = engine.manager.coordinator.single_type_managers[-1].req_to_blocks["again"]

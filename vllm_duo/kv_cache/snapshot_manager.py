@@ -166,8 +166,8 @@ class SnapshotManager(RingManager):
 
     def _has_room_beside(self, missing: int) -> bool:
         """Whether this bin and those after it can all claim whole rings."""
-        bins = self._num_bins - self.bin
-        return self.block_pool.get_num_free_blocks() >= missing * bins
+        free: int = self.block_pool.get_num_free_blocks()
+        return free >= missing * (self._num_bins - self.bin)
 
     def cache_blocks(
         self,
