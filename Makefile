@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
-.PHONY: help setup demo serve test test-all lint format type clean needle
+.PHONY: help setup demo serve test test-all soak lint format type clean needle
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: setup  ## The whole suite but its slow cases
 
 test-all: setup  ## The whole suite with the slow cases
 	$(BIN)/python -m pytest
+
+soak: setup  ## The long soaks: 2,000 mixed requests over HTTP
+	VLLM_DUO_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/e2e/test_soak.py -s
 
 lint: setup  ## ruff, formatting, types
 	$(BIN)/ruff check .

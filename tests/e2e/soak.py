@@ -22,12 +22,15 @@ from vllm_duo.evaluate.passkey import (
 REQUEST_TIMEOUT_S = 240
 """A request that takes longer hangs: the whole queue of 32 takes some 20 seconds."""
 
-# Shares of the kinds, by phase. A pool under pressure has no room for snapshots, so the load comes in
-# waves: light ones fill the cache that heavy ones evict.
-HEAVY = {"long": 4, "talker": 4, "two": 1, "shared": 2, "gone in prompt": 2, "gone in answer": 2}
-LIGHT = {"short": 5, "shared": 6, "two": 2, "gone in answer": 2}
-WAVE = 50
-"""Requests of a phase."""
+# Shares of the kinds in each wave, in turn. Long prompts wait for room and let few others in; many
+# growing answers run the pool dry; only where it has room to spare are prefixes stored and hit.
+WAVES = (
+    {"long": 4, "shared": 2, "gone in prompt": 3, "gone in answer": 1},
+    {"talker": 8, "short": 4, "two": 1, "gone in answer": 3},
+    {"short": 4, "shared": 6, "two": 2, "gone in answer": 1},
+)
+WAVE = 40
+"""Requests of a wave."""
 DOCUMENTS = 6
 """Shared prefixes; a new one takes the place of the oldest with every wave."""
 
@@ -37,7 +40,7 @@ class Question:
     """One request.
 
     Attributes:
-        kind: see ``HEAVY`` and ``LIGHT``.
+        kind: see ``WAVES``.
         prompt: the text and its pass key.
         leave_after: when the client goes: tokens of the answer, or seconds in the prompt.
     """
@@ -48,7 +51,7 @@ class Question:
 
     @property
     def max_tokens(self) -> int:
-        return {"talker": 120, "gone in answer": 150}.get(self.kind, 12)
+        return {"talker": 160, "gone in answer": 160}.get(self.kind, 12)
 
 
 @dataclass
@@ -62,8 +65,7 @@ class Report:
 
 
 def make_questions(count: int, seed: int) -> list[Question]:
-    """``count`` requests in waves, heavy and light in turn; each has a pass key of its own, but those
-    of one document share its."""
+    """``count`` requests, wave by wave; each has a pass key of its own, or that of its document."""
     rng = random.Random(seed)
     documents = [_prompt(rng, 600, 1100) for _ in range(DOCUMENTS)]
     questions = []
@@ -71,7 +73,7 @@ def make_questions(count: int, seed: int) -> list[Question]:
         wave = len(questions) // WAVE
         if len(questions) % WAVE == 0:
             documents[wave % DOCUMENTS] = _prompt(rng, 600, 1100)
-        shares = LIGHT if wave % 2 else HEAVY
+        shares = WAVES[wave % len(WAVES)]
         (kind,) = rng.choices([*shares], [*shares.values()])
         questions.append(_question(rng, kind, documents))
     return questions
@@ -83,7 +85,7 @@ def _question(rng: random.Random, kind: str, documents: list[PasskeyPrompt]) -> 
     if kind in ("long", "gone in prompt"):
         return Question(kind, _prompt(rng, 900, 2000), rng.uniform(0.02, 2.0))
     if kind == "gone in answer":
-        return Question(kind, _prompt(rng, 60, 700), rng.randrange(1, 100))
+        return Question(kind, _prompt(rng, 60, 400), rng.randrange(1, 150))
     return Question(kind, _prompt(rng, 60, 400))
 
 

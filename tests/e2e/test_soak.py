@@ -9,34 +9,36 @@ import asyncio
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import pytest
 
 from tests.e2e.needle import MODEL, client_of, serve
-from tests.e2e.soak import Report, ask_all, make_questions
+from tests.e2e.soak import WAVE, WAVES, Report, ask_all, make_questions
 from tests.e2e.test_served_requests import assert_all_blocks_return
-from vllm_duo.evaluate.passkey import is_correct
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(5400)]
 
-DEFAULT_REQUESTS = 300
+DEFAULT_REQUESTS = 240
 REQUESTS = int(os.environ.get("VLLM_DUO_SOAK_REQUESTS", DEFAULT_REQUESTS))
 CONCURRENCY = 32
 SEED = 20_261_125
-WARM_UP = 100
-"""Requests of the warm-up: a heavy and a light wave."""
+WARM_UP = WAVE * len(WAVES)
 
-# A block holds 16 tokens. The longest request of the mix holds 126 + 5 blocks and a heavy wave's
-# usual one some 100, so about six of 32 run at once; a light wave's hold 5 to 75 and mostly all run.
-POOL_BLOCKS = 700
+# A block holds 16 tokens. The longest requests hold 126 + 5 blocks, so three or four run at once;
+# those with growing answers 10 to 40, so some 15 of 32 do.
+POOL_BLOCKS = 400
 FLAGS = [
     *("--attention-backend", "duo", "--block-size", "16", "--max-model-len", "2304"),
     *("--max-num-seqs", "32", "--max-num-batched-tokens", "512"),
     *("--num-gpu-blocks-override", str(POOL_BLOCKS)),
 ]
 
+COUNTERS = (
+    *("num_preemptions", "prefix_cache_queries", "prefix_cache_hits"),
+    *("prompt_tokens", "generation_tokens", "request_success"),
+)
 MAX_GROWTH_MIB = 64
 """Growth of a process's resident memory that passes. A leak of one request's blocks, tokens or hashes
 is some 10 KiB, 20 MiB in 2,000 requests, but so much also comes and goes with malloc's arenas."""
@@ -58,7 +60,15 @@ class Soak:
     metrics: dict[str, float]
     rss_mib: dict[str, tuple[float, float]]
     seconds: float
-    log: str = field(repr=False)
+    log: str
+
+    def summary(self) -> str:
+        report, kinds = self.report, dict(self.report.kinds)
+        grown = {name: f"{a:.0f} -> {b:.0f} MiB" for name, (a, b) in self.rss_mib.items()}
+        return (
+            f"{kinds} in {self.seconds:.0f} s: {report.right} right, {len(report.wrong)} wrong, "
+            f"{report.gone} gone; {self.metrics}; {grown}"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +91,22 @@ def soak(served):
     after, last = rss_mib(served), counters(served)
     result = Soak(
         report,
-        {name: last[name] - before.get(name, 0) for name in last},
+        {name: last[name] - before[name] for name in COUNTERS},
         {name: (rss[name], after[name]) for name in rss},
         seconds,
         served.log.read_text(errors="replace"),
     )
-    sys.stdout.write(f"\n{result}\n")  # `make soak` shows it
+    sys.stdout.write(f"\n{result.summary()}\n")  # `make soak` shows it
     return result
 
 
 def counters(server):
-    """vLLM's counters under short names, over all labels but the reason why a request ended."""
-    found = {}
+    """vLLM's counters, summed over their labels."""
+    found = dict.fromkeys(COUNTERS, 0.0)
     for key, value in server.metrics("vllm:").items():
         name = key.split("{")[0].removeprefix("vllm:").removesuffix("_total")
-        if name == "request_success":
-            name = key.split("finished_reason=")[1].split(",")[0].rstrip("}")
-        found[name] = found.get(name, 0) + value
+        if name in found:
+            found[name] += value
     return found
 
 
@@ -123,6 +132,7 @@ def test_every_request_came_to_an_end(soak):
 
 
 def test_every_answer_is_right_that_full_memory_gets_right(soak):
+    """The model misreads a digit now and then; then it does so with every key at hand, too."""
     from transformers import AutoTokenizer
 
     from tests.oracle import Oracle
@@ -130,19 +140,22 @@ def test_every_answer_is_right_that_full_memory_gets_right(soak):
     tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
     full = Oracle(MODEL, [[True] * 4] * 4, 0, 1)
 
-    def full_memory_answer(text):
-        tokens = tokenizer(text).input_ids
-        start = len(tokens)
-        for _ in range(12):
-            tokens.append(int(full.logprobs(tokens)[-1].argmax()))
-        return tokenizer.decode(tokens[start:])
+    def full_memory_is_right(prompt):
+        """Greedy tokens are the right ones iff each is the best one after those before it."""
+        tokens = tokenizer(f"{prompt.text} {prompt.answer}.").input_ids
+        best = full.logprobs(tokens).argmax(-1).tolist()
+        return best[prompt.tokens - 1 : -1] == tokens[prompt.tokens :]
 
     unexcused = [
         (question.kind, answers, question.prompt.answer)
         for question, answers in soak.report.wrong
-        if is_correct(question.prompt, full_memory_answer(question.prompt.text))
+        if full_memory_is_right(question.prompt)
     ]
     assert unexcused == []
+    # Nearly every answer is right, or the test would excuse everything.
+    assert len(soak.report.wrong) <= REQUESTS / 50
+    (right, *_) = make_questions(1, SEED)
+    assert full_memory_is_right(right.prompt)
 
 
 def test_the_pool_was_too_small(soak):
@@ -150,7 +163,9 @@ def test_the_pool_was_too_small(soak):
 
 
 def test_clients_that_went_were_noticed(soak):
-    assert soak.metrics["abort"] >= soak.report.gone / 2
+    """vLLM counts the requests that came to their own end, each of several answers for itself."""
+    answered = soak.report.right + len(soak.report.wrong) + soak.report.kinds["two"]
+    assert soak.metrics["request_success"] - answered <= soak.report.gone / 4
 
 
 def test_prefixes_were_hit(soak):
