@@ -124,7 +124,9 @@ async def ask_all(base_url: str, questions: list[Question], concurrency: int) ->
                 report.wrong.append((question, answers))
 
     async with (
-        AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client,
+        AsyncOpenAI(
+            base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=REQUEST_TIMEOUT_S
+        ) as client,
         asyncio.TaskGroup() as group,
     ):
         for _ in range(concurrency):
