@@ -30,7 +30,8 @@ test: setup  ## The whole suite but its slow cases
 test-all: setup  ## The whole suite with the slow cases
 	$(BIN)/python -m pytest -m "not soak"
 
-soak: setup  ## A million scheduler steps under random histories (under an hour)
+soak: setup  ## The long soaks: 2,000 mixed requests over HTTP, a million scheduler steps
+	VLLM_DUO_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/e2e/test_soak.py -s
 	$(BIN)/python -m pytest -m soak
 
 lint: setup  ## ruff, formatting, types
