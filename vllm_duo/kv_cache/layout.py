@@ -1,6 +1,6 @@
 """How much memory each head class takes: pure arithmetic, without vLLM or torch.
 
-Terms (see ``docs/design.md`` and ``docs/memory.md``): ``R`` retrieval and ``S`` streaming KV heads
+Terms (see ``docs/design.md``): ``R`` retrieval and ``S`` streaming KV heads
 of a layer, ``P_r`` and ``P_s`` tokens per block of each class, ``D`` head size. One pool serves
 both classes, so a block has the bytes of the widest group of layers. The streaming layers are split
 into bins, one block table each, and ``P_s`` is what fills a block with a bin's heads.
