@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -180,6 +181,8 @@ def main() -> int:
     pools = [given.pool] if given.pool else list(POOLS)
     if given.smoke:
         settings, pools = replace(settings, smoke=True), ["full"]
+    # Ended by a time limit, it still stops its server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(width=110)
     result = compare(settings, [given.kind] if given.kind else ["stock", "duo"], pools, console)
     if given.out is not None:
