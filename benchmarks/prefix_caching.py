@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -106,6 +107,7 @@ def run_part(
         "pool": pool,
         "capacity": served.capacity(),
         "scenarios": [result.summary() for result in results],
+        "prompt_tokens": sum(result.prompt_tokens for result in results),
         "hit_tokens": sum(result.hit_tokens for result in results),
         "compared_answers": len(answers),
         "differing_answers": differ,
@@ -142,7 +144,7 @@ def report(result: dict[str, Any], console: Console) -> bool:
             name = theirs.get("name", "together")
             good &= ratio >= 0.9 and (pool == "full" or name != "together" or ratio > 1)
             cells = f"{theirs['hit_tokens']:,}", f"{ours['hit_tokens']:,}", f"{ratio:.3f}"
-            table.add_row(pool, name, f"{theirs.get('prompt_tokens', 0):,}", *cells)
+            table.add_row(pool, name, f"{theirs['prompt_tokens']:,}", *cells)
     console.print(table)
     capacity = Table(
         "server", "pool", "blocks", "MiB", "tokens held at once", "peak held", "differ"
@@ -179,6 +181,8 @@ def main() -> int:
     pools = [given.pool] if given.pool else list(POOLS)
     if given.smoke:
         settings, pools = replace(settings, smoke=True), ["full"]
+    # Ended by a time limit, it still stops its server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console(width=110)
     result = compare(settings, [given.kind] if given.kind else ["stock", "duo"], pools, console)
     if given.out is not None:
