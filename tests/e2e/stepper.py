@@ -141,6 +141,6 @@ def table_holders(manager, running):
     if isinstance(manager, RingManager):
         manager.allocator.check_integrity()
     if isinstance(manager, SnapshotManager):
-        assert (manager._orders, manager.snapshots.held, manager._resuming) == ([], [], None)
-        assert manager._answers.keys() | manager._kept.keys() <= running.keys()
+        assert (manager._orders, manager.snapshots.held, manager._late) == ([], [], [])
+        assert manager._trails.keys() <= running.keys()
     return holders
