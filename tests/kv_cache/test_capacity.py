@@ -11,8 +11,7 @@ from benchmarks.capacity import Count, Settings, count
 TOKENS = 4096
 STOCK_REQUESTS = 100
 
-PREFIX_CACHING = (False,)
-"""Add True once duo serves prefix hits."""
+PREFIX_CACHING = (False, True)
 
 CASES = (("llama-3.1-8b", 0.5), ("llama-2-7b", 0.75))
 

@@ -12,6 +12,7 @@ May go: once vLLM takes back the hashes of a step that a request lost.
 
 from __future__ import annotations
 
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,7 @@ def patch(module: ModuleType) -> None:
     """
     original = module.Scheduler._preempt_request
 
+    @wraps(original)
     def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         forget_uncomputed(self.kv_cache_manager, request)
         return original(self, request, *args, **kwargs)

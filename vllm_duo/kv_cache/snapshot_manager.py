@@ -56,9 +56,6 @@ class SnapshotManager(RingManager):
         # Tokens that the request being admitted will have after the step.
         self._admitted_tokens = 0
         self._in_step = True
-        self.hits = 0
-        self.hit_tokens = 0
-        self.stored = 0
 
     @classmethod
     def find_longest_cache_hit(
@@ -134,8 +131,6 @@ class SnapshotManager(RingManager):
             if num_local_computed_tokens > 0:
                 self._refuse_hits(request_id, (), num_local_computed_tokens)
             return
-        self.hits += 1
-        self.hit_tokens += num_local_computed_tokens
         if self._is_short_for_copy(request_id, new_computed_blocks, num_local_computed_tokens):
             self.block_pool.touch(new_computed_blocks)
             self.snapshots.forget(new_computed_blocks)
@@ -210,7 +205,6 @@ class SnapshotManager(RingManager):
             return False
         snapshot = self.snapshots.publish(blocks, prefix, boundary, reason)
         self._order(True, request_id, boundary, blocks)
-        self.stored += 1
         if reason is not Reason.INTERVAL:
             self._trail(request_id).append(snapshot)
         return True
