@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import inf
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from vllm_duo.heads import HeadPattern
@@ -397,6 +397,13 @@ class TestLayoutProperties:
             draft_size=span.draft_size,
         )
 
+    # Four equal layers: three bins are as wide as two of them, and four are narrower.
+    @example(
+        plan_layout(
+            shape_of([0, 0, 0, 1], [2, 2, 2, 2]), block_size=1, sink_size=0, recent_size=5
+        ),
+        5,
+    )
     @settings(max_examples=60, deadline=None)
     @given(small_plans, st.sampled_from([5, 64, 32_768]))
     def test_no_other_layout_keeps_within_stock_or_holds_less(self, layout, num_tokens):

@@ -515,7 +515,7 @@ class _Search:
                     least = min(least, choice.held)
                 else:
                     others.append(choice)
-            if len(bins) < num_bins or self._width(bins) == self.widest_layer:
+            if self._width(bins) == self.widest_layer:
                 break  # more bins would be no narrower
         candidates = within or others
         most = min(choice.held for choice in candidates) * (1 + HELD_TOLERANCE)
