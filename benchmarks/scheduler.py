@@ -41,6 +41,7 @@ PARTS = {
     "allocate": "allocate_slots(), 1 token each",
     "admit": "get_computed_blocks(), allocate_slots(): 1 new request",
     "free": "free(): 1 request",
+    "turnover": "a step, 1 request admitted and 1 freed",
 }
 
 
@@ -211,6 +212,9 @@ class Bench:
             self.times.time("admit", kind, admit)
             self.times.time("free", kind, lambda: manager.free(request))  # noqa: B023
             del engine.scheduler.requests[request.request_id]
+        for kind in KINDS:
+            of = {part: self.times.seconds[part][kind] for part in ("step", "admit", "free")}
+            self.times.seconds["turnover"][kind] = list(map(sum, zip(*of.values(), strict=True)))
 
     def profile(self, kind: Kind, steps: int = 50) -> str:
         """The functions that take most of a step, by cProfile."""

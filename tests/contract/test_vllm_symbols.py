@@ -14,6 +14,7 @@ from vllm_duo.attention.impl import DuoAttentionImpl
 from vllm_duo.attention.metadata import DuoMetadataBuilder
 from vllm_duo.attention.streaming_cache import StreamingCache
 from vllm_duo.compat.kv_cache_groups import module_name
+from vllm_duo.kv_cache.coordinator import SteadyCoordinator
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
@@ -80,6 +81,7 @@ GROUPS_CALLER = (
     if GROUPING == UTILS
     else "DefaultKVCacheConfigBuilder.get_kv_cache_groups"
 )
+COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 
@@ -139,6 +141,13 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", takes("vllm_config")),
         ("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", takes("selected_backend")),
     ],
+    "compat/coordinator.py": [
+        ("vllm.v1.core.kv_cache_manager:get_kv_cache_coordinator", None),
+        (
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__",
+            names("get_kv_cache_coordinator("),
+        ),
+    ],
     "compat/kv_cache_groups.py": [
         (f"{GROUPING}:get_kv_cache_groups", takes("vllm_config", "kv_cache_spec")),
         (f"{GROUPING}:{GROUPS_CALLER}", names("get_kv_cache_groups(")),
@@ -157,7 +166,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.v1.core.sched.scheduler:Scheduler", sets("kv_cache_manager")),
         ("vllm.v1.metrics.stats:SchedulerStats", members("num_kv_fetch_reqs_by_stage")),
         ("vllm.v1.core.kv_cache_manager:KVCacheManager", sets("coordinator", "kv_cache_config")),
-        ("vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator", sets("single_type_managers")),
+        (COORDINATOR, sets("single_type_managers")),
         (
             f"{INTERFACE}:KVCacheConfig",
             members("num_blocks", "kv_cache_tensors", "kv_cache_groups"),
@@ -202,6 +211,10 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
             takes("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
         ),
+    ],
+    "kv_cache/coordinator.py": [
+        (COORDINATOR, sets("single_type_managers", "block_pool")),
+        (f"{MANAGERS}:FullAttentionManager", None),
     ],
     "kv_cache/manager.py": [
         (
@@ -355,7 +368,11 @@ def test_nothing_abstract_is_left(file, symbol, ours):
     assert not left, f"{symbol} has new abstract methods {left}: implement them in vllm_duo/{file}"
 
 
-@pytest.mark.parametrize(("file", "symbol", "ours"), OVERRIDES, ids=[o[1] for o in OVERRIDES])
+# Goes before one of vLLM's coordinators, so it is not whole by itself.
+PARTS = [*OVERRIDES, ("kv_cache/coordinator.py", COORDINATOR, SteadyCoordinator)]
+
+
+@pytest.mark.parametrize(("file", "symbol", "ours"), PARTS, ids=[part[1] for part in PARTS])
 def test_overrides_take_what_vllm_passes(file, symbol, ours):
     base, differ = find(symbol), []
     for name, method in vars(ours).items():

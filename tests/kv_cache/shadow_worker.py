@@ -2,7 +2,8 @@
 
 It carries out scheduler outputs as the real worker does (the order of ``DuoAttentionImpl.forward``)
 and fails where a query would read anything but its own request's keys. Two requests with the same
-tokens up to a position have the same key there, so hits are right exactly if the prefixes are.
+tokens (and salt) up to a position have the same key there, so hits are right exactly if the prefixes
+are.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class ShadowWorker:
                     self._check_ring(group, spec, request, span[0])
                     self._write_ring(group, spec, self._table(group, request), request, *span)
                 else:
-                    # Every position of a prompt; later on a part of them in each step.
-                    every = 1 if span[1] - span[0] > 1 else 8
+                    # Every position of a prompt; of a long answer a part of them in each step.
+                    every = 1 if span[1] - span[0] > 1 or span[1] < 200 else 8
                     self._check_pages(group, spec.block_size, request, span[1], every)
         return {request: end for request, (_, end) in spans.items()}
 
@@ -87,10 +88,11 @@ class ShadowWorker:
         return context | {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
 
     def _key(self, request: str, position: int) -> int:
-        """Stands for the key of this position: depends on all tokens up to it."""
-        keys, tokens = self.keys[request], self.requests[request].all_token_ids
+        """Stands for the key of this position: depends on all tokens up to it, and on the salt."""
+        keys, known = self.keys[request], self.requests[request]
         while len(keys) <= position:
-            keys.append(hash((keys[-1] if keys else 0, tokens[len(keys)])))
+            before = keys[-1] if keys else known.cache_salt
+            keys.append(hash((before, known.all_token_ids[len(keys)])))
         return keys[position]
 
     def _table(self, group: int, request: str) -> list[int]:

@@ -88,6 +88,14 @@ class TestClaims:
         assert "a" not in ring.tables
         assert ring.held_blocks() == 0
 
+    @pytest.mark.parametrize("claimed", [0, 1, 4, 5, 8, 9, 13])
+    def test_nothing_is_missing_within_the_room(self, ring, claimed):
+        ring.claim("a", claimed)
+        room = ring.room("a")
+        assert room >= claimed
+        for num_tokens in (*range(1, 20), 10**9):
+            assert (ring.missing_blocks("a", num_tokens) == 0) == (num_tokens <= room)
+
     def test_constant_at_any_length(self, ring):
         ring.claim("a", 12)
         before = ids(ring.tables["a"])

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from benchmarks.simulated_config import ModelShape
 from benchmarks.simulated_engine import make_engine
 from tests.e2e.engine import write_pattern
-from tests.kv_cache.symbolic import History
+from tests.kv_cache.histories import History
 from vllm_duo.kv_cache import snapshot_manager
 
 BLOCK_SIZE = 4

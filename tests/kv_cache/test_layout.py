@@ -399,9 +399,7 @@ class TestLayoutProperties:
 
     # Four equal layers: three bins are as wide as two of them, and four are narrower.
     @example(
-        plan_layout(
-            shape_of([0, 0, 0, 1], [2, 2, 2, 2]), block_size=1, sink_size=0, recent_size=5
-        ),
+        plan_layout(shape_of([0, 0, 0, 1], [2, 2, 2, 2]), block_size=1, sink_size=0, recent_size=5),
         5,
     )
     @settings(max_examples=60, deadline=None)

@@ -9,6 +9,7 @@ from types import ModuleType
 def install() -> None:
     """Arrange every patch; safe to call again, and cheap: heavy modules are patched as they load."""
     from vllm_duo.compat import (
+        coordinator,
         cpu_platform,
         kv_cache_groups,
         pool_report,
@@ -24,6 +25,7 @@ def install() -> None:
     cpu_platform.patch()
     after_import("vllm.v1.core.single_type_kv_cache_manager", spec_registry.patch)
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
+    after_import("vllm.v1.core.kv_cache_manager", coordinator.patch)
     after_import(
         "vllm.v1.core.sched.scheduler",
         _all(

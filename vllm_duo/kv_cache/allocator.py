@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from vllm_duo.kv_cache.layout import StreamingSpan
+from vllm_duo.kv_cache.layout import ANY_LENGTH, StreamingSpan
 
 
 class Block(Protocol):
@@ -59,6 +59,15 @@ class RingAllocator:
         if held == self._max_blocks:
             return 0
         return max(self.span.blocks(num_tokens) - held, 0)
+
+    def room(self, request_id: str) -> int:
+        """Tokens up to which a request misses no blocks.
+
+        Worked example: sink 4, recent 8, 4 tokens per block: 8 tokens with 2 blocks, any number with
+        3, and 0 for a request without blocks.
+        """
+        held = len(self.tables.get(request_id, ()))
+        return ANY_LENGTH if held == self._max_blocks else held * self.span.block_size
 
     def claim(self, request_id: str, num_tokens: int) -> list[Block]:
         """Take the blocks that a request of ``num_tokens`` tokens misses.
