@@ -6,25 +6,43 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from vllm_duo.compat.scheduler_stats import PREFIX
+from vllm_duo.compat.scheduler_stats import COUNTERS, PREFIX
 from vllm_duo.server_plan import resolve_plan
 
 if TYPE_CHECKING:
-    from prometheus_client import Gauge
+    from prometheus_client import Counter, Gauge
     from vllm.config import VllmConfig
     from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 CLASSES = ("retrieval", "streaming")
 
 
-def _gauge(name: str, text: str, labels: list[str]) -> Gauge:
-    """A gauge in the default registry, made once per process."""
-    from prometheus_client import REGISTRY, Gauge
+COUNTER_TEXTS = {
+    "streaming_prefix_hits": "Requests that resumed at a snapshot of streaming state",
+    "streaming_prefix_hit_tokens": "Tokens at which requests resumed, by snapshots",
+    "streaming_snapshots": "Snapshots of streaming state stored",
+}
 
-    known: Any = getattr(REGISTRY, "_names_to_collectors", {}).get(name)
-    if known is not None:
-        return known
-    return Gauge(name, text, labels, multiprocess_mode="mostrecent")
+
+def _known(name: str) -> Any:
+    """The default registry's metric of that name: they are made once per process."""
+    from prometheus_client import REGISTRY
+
+    return getattr(REGISTRY, "_names_to_collectors", {}).get(name)
+
+
+def _gauge(name: str, text: str, labels: list[str]) -> Gauge:
+    from prometheus_client import Gauge
+
+    known: Gauge | None = _known(name)
+    return known or Gauge(name, text, labels, multiprocess_mode="mostrecent")
+
+
+def _counter(name: str, text: str) -> Counter:
+    from prometheus_client import Counter
+
+    known: Counter | None = _known(name)
+    return known or Counter(name, text, ["engine"])
 
 
 class DuoStatLogger(StatLoggerBase):
@@ -41,6 +59,18 @@ class DuoStatLogger(StatLoggerBase):
         )
         self.pool_blocks = _gauge(f"{PREFIX}pool_blocks", "Blocks of the pool", ["engine"])
         self.block_bytes = _gauge(f"{PREFIX}block_bytes", "Bytes of one pool block", ["engine"])
+        self.waste = _gauge(
+            f"{PREFIX}pool_waste",
+            "Share of the held bytes that the rule does not need, last blocks' rests excluded",
+            ["engine"],
+        )
+        self.counters = {
+            name: _counter(PREFIX + name, text).labels(self.engine)
+            for name, text in COUNTER_TEXTS.items()
+        }
+        # What the engine counted so far; a new engine counts from 0.
+        self._last = dict.fromkeys(COUNTERS, 0)
+        self.waste.labels(self.engine).set(0)
         for name in CLASSES:
             self.held_blocks.labels(self.engine, name).set(0)
             self.held_bytes.labels(self.engine, name).set(0)
@@ -84,6 +114,12 @@ class DuoStatLogger(StatLoggerBase):
             blocks = counts[f"{PREFIX}{name}_blocks"]
             self.held_blocks.labels(self.engine, name).set(blocks)
             self.held_bytes.labels(self.engine, name).set(blocks * block_bytes)
+
+        self.waste.labels(self.engine).set(counts[f"{PREFIX}waste_ppm"] / 1e6)
+        for name, counter in self.counters.items():
+            total = counts[PREFIX + name]
+            counter.inc(total - self._last[name])
+            self._last[name] = total
 
     def log_engine_initialized(self) -> None:
         """Nothing to add to the start-up log."""

@@ -1,7 +1,8 @@
-"""Held blocks by class on their way from the scheduler to the front end."""
+"""What each class holds, wastes and hits, on its way from the scheduler to the front end."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,19 @@ from vllm.v1.metrics.stats import SchedulerStats
 from tests.kv_cache.caches import Engine, layout_of, two_bins
 from vllm_duo import metrics
 from vllm_duo.compat import scheduler_stats
-from vllm_duo.compat.scheduler_stats import held_blocks
+from vllm_duo.compat.scheduler_stats import (
+    PREFIX,
+    held_blocks,
+    pool_waste_ppm,
+    streaming_hits,
+)
+from vllm_duo.compat.snapshot_orders import take_orders
 from vllm_duo.config import DuoConfig, resolve
 from vllm_duo.heads import HeadPattern
 from vllm_duo.server_plan import ServerPlan
 
 LAYOUT = two_bins()  # of 3 blocks each
+WIDE = replace(LAYOUT, block_bytes=LAYOUT.block_bytes + 1024)  # than any group
 IDLE = {
     "vllm_duo:retrieval_blocks": 0,
     "vllm_duo:streaming_blocks": 0,
@@ -68,10 +76,11 @@ class TestHeldBlocks:
 
 
 class FakeScheduler:
-    """vLLM's Scheduler as far as the patch looks at it."""
+    """vLLM's Scheduler as far as the patch looks at it, with requests of these lengths."""
 
-    def __init__(self, kv_cache_manager, stats):
-        self.kv_cache_manager, self.stats = kv_cache_manager, stats
+    def __init__(self, kv_cache_manager, stats, layout=WIDE, lengths=(160, 160)):
+        self.kv_cache_manager, self.stats, self.duo_layout = kv_cache_manager, stats, layout
+        self.running = [SimpleNamespace(num_computed_tokens=n) for n in lengths]
 
     def make_stats(self, *args, **kwargs):
         self.given = args, kwargs
@@ -91,8 +100,12 @@ class TestMakeStats:
         scheduler = scheduler_class(running(160).manager, stats)
         assert scheduler.make_stats(1, perf_stats=2) is stats
         assert scheduler.given == ((1,), {"perf_stats": 2})
-        assert stats.num_kv_fetch_reqs_by_stage == {"in_progress": 3} | held_blocks(
-            scheduler.kv_cache_manager
+        sent = stats.num_kv_fetch_reqs_by_stage
+        assert sent == (
+            {"in_progress": 3}
+            | held_blocks(scheduler.kv_cache_manager)
+            | streaming_hits(scheduler.kv_cache_manager)
+            | {"vllm_duo:waste_ppm": round(1e6 * WIDE.waste(160))}
         )
 
     def test_statistics_switched_off_stay_off(self, scheduler_class):
@@ -100,8 +113,48 @@ class TestMakeStats:
 
     def test_other_models_send_nothing(self, scheduler_class):
         stats = SchedulerStats()
-        scheduler_class(Engine(layout_of((2,), (0,))).manager, stats).make_stats()
+        manager = Engine(layout_of((2,), (0,))).manager
+        scheduler_class(manager, stats, layout=None).make_stats()
         assert stats.num_kv_fetch_reqs_by_stage == {}
+
+
+class TestWaste:
+    def test_it_is_that_of_the_running_requests(self):
+        scheduler = FakeScheduler(None, None, lengths=(160, 33))
+        assert pool_waste_ppm(scheduler) == round(1e6 * WIDE.pool_waste([160, 33])) > 0
+
+    def test_an_idle_pool_wastes_nothing(self):
+        assert pool_waste_ppm(FakeScheduler(None, None, lengths=())) == 0
+
+    def test_it_is_found_anew_after_a_second(self, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(scheduler_stats, "monotonic", lambda: now[0])
+        scheduler = FakeScheduler(None, None)
+        first = pool_waste_ppm(scheduler)
+        scheduler.running = []
+        now[0] += 0.9
+        assert pool_waste_ppm(scheduler) == first > 0
+        now[0] += 0.2
+        assert pool_waste_ppm(scheduler) == 0
+
+
+class TestStreamingHits:
+    def counts(self, engine):
+        return tuple(streaming_hits(engine.manager).values())
+
+    def test_a_second_request_resumes_at_the_firsts_snapshot(self):
+        engine = Engine(LAYOUT, enable_caching=True)
+        engine.step(engine.request("a", 160), 160)
+        take_orders(engine.manager)
+        hits, tokens, stored = self.counts(engine)
+        assert (hits, tokens) == (0, 0)
+        assert stored > 0
+        again = engine.request("b", 160)
+        engine.step(again, 8)
+        assert self.counts(engine)[:2] == (1, engine.manager.get_computed_blocks(again)[1])
+
+    def test_without_prefix_caching_they_are_0(self):
+        assert self.counts(running(160)) == (0, 0, 0)
 
 
 class TestStatLogger:
@@ -118,8 +171,9 @@ class TestStatLogger:
 
         return REGISTRY.get_sample_value(f"vllm_duo:{name}", {"engine": "0", **labels})
 
-    def record(self, stat_logger) -> dict[str, int]:
-        counts = held_blocks(running(160).manager)
+    def record(self, stat_logger, number=3) -> dict[str, int]:
+        counts = held_blocks(running(160).manager) | {"vllm_duo:waste_ppm": 12_500}
+        counts |= {PREFIX + name: number for name in scheduler_stats.COUNTERS}
         stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 0} | counts)
         stat_logger.record(stats, None)
         return stats.num_kv_fetch_reqs_by_stage
@@ -129,6 +183,23 @@ class TestStatLogger:
         self.record(stat_logger)
         assert self.gauge("held_blocks", **{"class": name}) == blocks
         assert self.gauge("held_bytes", **{"class": name}) == blocks * LAYOUT.block_bytes
+
+    def test_waste_is_a_share(self, stat_logger):
+        self.record(stat_logger)
+        assert self.gauge("pool_waste") == 0.0125
+
+    @pytest.mark.parametrize("name", scheduler_stats.COUNTERS)
+    def test_counters_follow_the_engines(self, stat_logger, name):
+        before = self.gauge(f"{name}_total")
+        for number in (3, 3, 10):
+            self.record(stat_logger, number)
+        assert self.gauge(f"{name}_total") == before + 10
+
+    def test_a_new_engine_counts_from_0(self, stat_logger):
+        self.record(stat_logger, 7)
+        before = self.gauge("streaming_snapshots_total")
+        self.record(metrics.DuoStatLogger(SimpleNamespace()), 2)
+        assert self.gauge("streaming_snapshots_total") == before + 2
 
     def test_vllms_own_loggers_do_not_see_them(self, stat_logger):
         # vLLM logs the stages of KV fetches as soon as any of these counts is not 0.

@@ -115,6 +115,26 @@ def test_metrics_show_what_a_request_holds(half_server, client):
     assert_all_blocks_return(half_server, client)
 
 
+def test_metrics_count_the_prompts_that_resume(half_server, client):
+    """A second time the prompt is hit at its last block boundary: 11 blocks of 128 tokens."""
+    name = "vllm_duo:streaming_{}_total{{engine=0}}".format
+    prompt = prompts(1450, 2)[1]
+    assert 11 * 128 < prompt.tokens <= 12 * 128
+    counts = []
+    for _ in range(2):
+        before = half_server.metrics()
+        client.completions.create(model="needle", prompt=prompt.text, max_tokens=3)
+        assert_all_blocks_return(half_server, client)
+        after = half_server.metrics()
+        counts.append(
+            {part: after[name(part)] - before[name(part)] for part in ("prefix_hits", "snapshots")}
+            | {"tokens": after[name("prefix_hit_tokens")] - before[name("prefix_hit_tokens")]}
+        )
+    assert counts[0]["snapshots"] > 0
+    assert counts[1] == {"prefix_hits": 1, "snapshots": 0, "tokens": 11 * 128}
+    assert 0 <= after["vllm_duo:pool_waste{engine=0}"] < 0.1
+
+
 def _heads():
     from tests.e2e.needle import MODEL
     from vllm_duo import HeadPattern

@@ -323,6 +323,16 @@ class TestSpanProperties:
         assert span.blocks(num_tokens) * span.block_size >= span.kept_tokens(num_tokens)
 
 
+def test_worked_example_of_two_requests():
+    layout = replace(
+        plan_layout(shape_of([1], [1]), block_size=16, sink_size=16, recent_size=24),
+        span=StreamingSpan(sink_size=16, recent_size=24, block_size=16),
+        block_bytes=16 * 2 * 16 * 4,
+    )
+    assert layout.pool_waste([64, 33]) == pytest.approx(8 / (112 + 96 - 30))
+    assert layout.pool_waste([]) == layout.pool_waste([0]) == 0.0
+
+
 class TestLayoutProperties:
     @given(plans)
     def test_bins_partition_the_streaming_layers(self, layout):
@@ -355,6 +365,15 @@ class TestLayoutProperties:
     def test_held_bytes_cover_the_needed_ones(self, layout, num_tokens):
         assert layout.held_bytes(num_tokens) >= layout.needed_bytes(num_tokens)
         assert 0.0 <= layout.waste(num_tokens) < 1.0
+
+    @given(plans, lengths, st.integers(1, 5))
+    def test_equal_requests_waste_what_one_does(self, layout, num_tokens, requests):
+        assert layout.pool_waste([num_tokens] * requests) == pytest.approx(layout.waste(num_tokens))
+
+    @given(plans, lengths, lengths)
+    def test_two_requests_waste_no_more_than_the_worse_of_them(self, layout, one, other):
+        wastes = layout.waste(one), layout.waste(other)
+        assert min(wastes) - 1e-9 <= layout.pool_waste([one, other]) <= max(wastes) + 1e-9
 
     @given(plans, lengths, st.integers(0, 10**9))
     def test_that_many_requests_fit_the_pool(self, layout, num_tokens, pool_bytes):

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+LAYOUT = "duo_layout"
+"""Attribute of vLLM's ``Scheduler``: its ``Layout``; None without streaming heads."""
+
 
 def patch(module: ModuleType) -> None:
     """Wrap the constructor.
@@ -37,18 +40,22 @@ def patch(module: ModuleType) -> None:
     def __init__(
         self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any
     ) -> None:
-        check_and_report(vllm_config, kv_cache_config)
+        layout = check_and_report(vllm_config, kv_cache_config)
         original(self, vllm_config, kv_cache_config, *args, **kwargs)
+        setattr(self, LAYOUT, layout)
 
     module.Scheduler.__init__ = __init__
 
 
-def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Layout | None:
     """Hold vLLM's groups and pool against the plan, and log what fits.
 
     Args:
         vllm_config: the server's.
         kv_cache_config: what vLLM made of the layers' specs, one rank's.
+
+    Returns:
+        The plan; None for a model without streaming heads.
 
     Raises:
         RuntimeError: the groups or the block's bytes are not the planned ones.
@@ -68,7 +75,7 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
         None,
     )
     if spec is None:
-        return
+        return None
     plan = resolve_plan(vllm_config)
     # --max-model-len auto shortens it after the specs were made, which may have been cut to it.
     longest = max(vllm_config.model_config.max_model_len, spec.sink_size, spec.recent_size)
@@ -80,6 +87,7 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     )
     check_groups(layout, kv_cache_config)
     _report(plan, layout, kv_cache_config.num_blocks, vllm_config.model_config.max_model_len)
+    return layout
 
 
 def check_groups(layout: Layout, kv_cache_config: KVCacheConfig) -> None:

@@ -303,18 +303,42 @@ class Layout:
         rest of the fifth retrieval block is excluded, so 0. Sink 16, recent 24: 40 of 48 slots are
         needed, so 8 / (64 + 48) = 7.1 % at 64 tokens; at 33 tokens the run still grows, so 0.
         """
-        if num_tokens == 0:
+        return self.pool_waste([num_tokens])
+
+    def pool_waste(self, lengths: Sequence[int]) -> float:
+        """``waste`` of several requests together: of what they hold, the share that is not needed.
+
+        Args:
+            lengths: tokens of each request; without any the waste is 0.
+
+        Worked example, the layer above with sink 16, recent 24: a request of 64 tokens holds 7 blocks
+        and needs all but 8 of their 112 slots; one of 33 tokens holds 6, and the 15 + 15 slots that
+        it does not need are those that its next tokens go to: 8 / (112 + 96 - 30) = 4.5 %.
+        """
+        needed = [
+            sum(self._needed_bytes(rank, num_tokens) for num_tokens in lengths)
+            for rank in self.ranks
+        ]
+        most = max(needed)
+        if most == 0:
             return 0.0
-        rank = max(self.ranks, key=lambda shape: self._needed_bytes(shape, num_tokens))
-        rounding = 0
+        rank = self.ranks[needed.index(most)]
+        rounding = sum(self._growing_slots(rank, num_tokens) for num_tokens in lengths)
+        held = sum(map(self.held_bytes, lengths)) - rounding * rank.token_bytes
+        return 1.0 - most / held
+
+    def _growing_slots(self, rank: KVShape, num_tokens: int) -> int:
+        """Slots of a head, over all heads, that the request's next tokens go to."""
+        if num_tokens == 0:
+            return 0
+        slots = 0
         if self.has_retrieval:
             rest = cdiv(num_tokens, self.block_size) * self.block_size - num_tokens
-            rounding += rest * rank.num_retrieval
+            slots += rest * rank.num_retrieval
         if num_tokens < self.span.slots:
             rest = self.span.blocks(num_tokens) * self.span.block_size - num_tokens
-            rounding += rest * rank.num_streaming
-        held = self.held_bytes(num_tokens) - rounding * rank.token_bytes
-        return 1.0 - self._needed_bytes(rank, num_tokens) / held
+            slots += rest * rank.num_streaming
+        return slots
 
     def num_blocks(self, pool_bytes: int) -> int:
         """Blocks of a pool, vLLM's null block among them.

@@ -56,6 +56,12 @@ class SnapshotManager(RingManager):
         # Tokens that the request being admitted will have after the step.
         self._admitted_tokens = 0
         self._in_step = True
+        self._num_hits = self._num_hit_tokens = self._num_stored = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Requests that resumed at a snapshot, their tokens, and snapshots stored, all so far."""
+        return self._num_hits, self._num_hit_tokens, self._num_stored
 
     @classmethod
     def find_longest_cache_hit(
@@ -131,6 +137,8 @@ class SnapshotManager(RingManager):
             if num_local_computed_tokens > 0:
                 self._refuse_hits(request_id, (), num_local_computed_tokens)
             return
+        self._num_hits += 1
+        self._num_hit_tokens += num_local_computed_tokens
         if self._is_short_for_copy(request_id, new_computed_blocks, num_local_computed_tokens):
             self.block_pool.touch(new_computed_blocks)
             self.snapshots.forget(new_computed_blocks)
@@ -204,6 +212,7 @@ class SnapshotManager(RingManager):
         if blocks is None:
             return False
         snapshot = self.snapshots.publish(blocks, prefix, boundary, reason)
+        self._num_stored += 1
         self._order(True, request_id, boundary, blocks)
         if reason is not Reason.INTERVAL:
             self._trail(request_id).append(snapshot)
