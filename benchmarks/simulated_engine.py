@@ -14,9 +14,11 @@ from benchmarks.simulated_config import SHAPES, Kind, ModelShape, cache_specs, m
 from vllm_duo import plugin
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
     from vllm_duo.kv_cache.layout import Layout
@@ -224,6 +226,33 @@ def make_engine(
     config.scheduler_config.async_scheduling = async_scheduling
     register_all_kvcache_specs(config)
     specs, layout = cache_specs(config, kind)
+    kv_cache, scheduler_size = _kv_cache_config(config, specs, pool_bytes)
+    hash_function = hash_function or sha256
+    kv_cache_utils.init_none_hash(hash_function)
+    scheduler = config.scheduler_config.get_scheduler_cls()(
+        vllm_config=config,
+        kv_cache_config=kv_cache,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=scheduler_size,
+        hash_block_size=kv_cache.hash_block_size,
+        log_stats=False,
+    )
+    hasher = kv_cache_utils.get_request_block_hasher(kv_cache.hash_block_size, hash_function)
+    return SimulatedEngine(scheduler, layout, hasher if prefix_caching else None)
+
+
+def _kv_cache_config(
+    config: VllmConfig, specs: dict[str, Any], pool_bytes: int
+) -> tuple[KVCacheConfig, int]:
+    """What the engine core makes of a worker's specs, and the scheduler's block size in tokens.
+
+    Args:
+        config: the server's; takes the number of blocks and the block size.
+        specs: of each attention layer.
+        pool_bytes: KV pool.
+    """
+    from vllm.v1.core import kv_cache_utils
+
     configs = kv_cache_utils.get_kv_cache_configs(config, [specs], [pool_bytes])
     kv_cache = kv_cache_utils.generate_scheduler_kv_cache_config(configs)
     config.cache_config.num_gpu_blocks = kv_cache.num_blocks
@@ -234,15 +263,4 @@ def make_engine(
     )
     scheduler_size, hash_size = kv_cache_utils.resolve_kv_cache_block_sizes(kv_cache, config)
     kv_cache.hash_block_size = hash_size
-    hash_function = hash_function or sha256
-    kv_cache_utils.init_none_hash(hash_function)
-    scheduler = config.scheduler_config.get_scheduler_cls()(
-        vllm_config=config,
-        kv_cache_config=kv_cache,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=scheduler_size,
-        hash_block_size=hash_size,
-        log_stats=False,
-    )
-    hasher = kv_cache_utils.get_request_block_hasher(hash_size, hash_function)
-    return SimulatedEngine(scheduler, layout, hasher if prefix_caching else None)
+    return kv_cache, scheduler_size
