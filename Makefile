@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
 MODEL ?= models/needle
+# The suite takes two cores: its engines and servers are single-threaded.
+WORKERS ?= -n 2 --dist loadgroup
 
 # Without bytecode files every start of vLLM compiles them anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,10 +27,10 @@ serve: setup  ## Serve MODEL (default: the needle model) on PORT until Ctrl-C
 	$(BIN)/vllm serve $(MODEL) --attention-backend duo --dtype float32 --port $(PORT)
 
 test: setup  ## The whole suite but its slow cases
-	$(BIN)/python -m pytest -m "not slow and not soak"
+	$(BIN)/python -m pytest -m "not slow and not soak" $(WORKERS)
 
 test-all: setup  ## The whole suite with the slow cases
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" $(WORKERS)
 
 soak: setup  ## The long soaks: 2,000 mixed requests over HTTP, a million scheduler steps
 	VLLM_DUO_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/e2e/test_soak.py -s
