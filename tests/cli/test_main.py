@@ -15,19 +15,6 @@ HEAVY = {"torch", "vllm", "transformers", "numpy", "pydantic", "matplotlib"}
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs a command line: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vllm-duo", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return (caught.value.code or 0, *capfd.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def failing(monkeypatch):
     """Adds the command ``fail``, which raises the given error."""
 

@@ -31,6 +31,7 @@ class Command:
 
 
 COMMANDS = {
+    "plan": Command("vllm_duo.cli.plan", "What a server would hold, from config.json alone."),
     "patterns": Command("vllm_duo.cli.patterns", "List the head patterns that ship."),
 }
 
