@@ -5,9 +5,10 @@ Every process (front end, engine core, workers) resolves the same plan from the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,7 +56,13 @@ class ServerPlan:
         return "in memory" if path is None else Path(path).resolve().name
 
     def layout(
-        self, *, head_size: int, dtype_bytes: int, block_size: int, max_model_len: int
+        self,
+        *,
+        head_size: int,
+        dtype_bytes: int,
+        block_size: int,
+        max_model_len: int,
+        tensor_parallel_size: int = 1,
     ) -> Layout:
         """Block sizes and bins of both classes.
 
@@ -67,14 +74,17 @@ class ServerPlan:
             dtype_bytes: bytes of a cache element.
             block_size: tokens of a retrieval block, vLLM's ``--block-size``.
             max_model_len: longest request, in tokens.
+            tensor_parallel_size: ranks that the heads are split over.
+
+        Raises:
+            ValueError: the KV heads cannot be split over the ranks.
         """
-        retrieval = self.resolved.selection.retrieval
         return plan_layout(
-            KVShape(
-                retrieval_heads=tuple(int(n) for n in retrieval.sum(axis=1)),
-                streaming_heads=tuple(int(n) for n in (~retrieval).sum(axis=1)),
+            KVShape.split(
+                self.resolved.selection.retrieval.tolist(),
                 head_size=head_size,
                 dtype_bytes=dtype_bytes,
+                tensor_parallel_size=tensor_parallel_size,
             ),
             block_size=block_size,
             sink_size=min(self.resolved.sink_size, max_model_len),
@@ -107,12 +117,29 @@ def resolve_plan(vllm_config: VllmConfig) -> ServerPlan:
         ValueError: bad settings, no pattern, or a pattern of another shape.
     """
     settings = vllm_config.additional_config
-    config = DuoConfig.from_additional_config(settings if isinstance(settings, dict) else None)
     model = vllm_config.model_config
-    pattern = find_pattern(
-        config.pattern,
+    return make_plan(
+        settings if isinstance(settings, dict) else None,
         model.model,
         model.get_total_num_hidden_layers(),
         model.get_total_num_kv_heads(),
     )
+
+
+def make_plan(
+    additional_config: Mapping[str, Any] | None, model: str, num_layers: int, num_kv_heads: int
+) -> ServerPlan:
+    """The same from settings and a model's shape, as the command line has them.
+
+    Args:
+        additional_config: vLLM's ``--additional-config``.
+        model: folder or Hugging Face id.
+        num_layers: attention layers of the model.
+        num_kv_heads: KV heads of one layer, before any tensor-parallel split.
+
+    Raises:
+        ValueError: bad settings, no pattern, or a pattern of another shape.
+    """
+    config = DuoConfig.from_additional_config(additional_config)
+    pattern = find_pattern(config.pattern, model, num_layers, num_kv_heads)
     return ServerPlan(pattern, resolve(config, pattern))

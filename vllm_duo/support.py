@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.model_facts import ModelFacts, model_refusals
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Head sizes that the operators are tested with or that stock vLLM's CPU kernels also serve."""
 
 UNQUANTISED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 """vLLM's names for KV caches of the model's own kind of numbers."""
@@ -19,7 +18,7 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this server cannot run with duo; empty where it can."""
     return [
         *_platform(),
-        *_model(vllm_config.model_config),
+        *model_refusals(facts_of(vllm_config.model_config)),
         *_parallelism(vllm_config),
         *_features(vllm_config),
     ]
@@ -31,7 +30,15 @@ def check_supported(vllm_config: VllmConfig) -> None:
     Raises:
         NotImplementedError: with every reason.
     """
-    reasons = refusals(vllm_config)
+    refuse(refusals(vllm_config))
+
+
+def refuse(reasons: list[str]) -> None:
+    """Refuse a server for these reasons, if there are any.
+
+    Raises:
+        NotImplementedError: with every reason.
+    """
     if reasons:
         listed = "\n".join(f"  - {reason}" for reason in reasons)
         raise NotImplementedError(
@@ -50,45 +57,48 @@ def _platform() -> Iterator[str]:
         )
 
 
-def _model(model: ModelConfig) -> Iterator[str]:
+def facts_of(model: ModelConfig) -> ModelFacts:
+    """What vLLM knows of the model."""
     text = model.hf_text_config
 
     def setting(name: str) -> Any:
         return getattr(text, name, None)
 
-    if model.runner_type != "generate":
-        yield f"the task {model.runner_type!r}: only text generation keeps a KV cache"
-    if model.use_mla:
-        yield "multi-head latent attention (MLA): its cache has no KV heads to split"
-    if model.is_encoder_decoder:
-        yield "cross-attention (an encoder-decoder model)"
-    if model.is_hybrid or model.is_attention_free:
-        yield "layers without attention (Mamba, linear attention and their like)"
-    if model.is_multimodal_model:
-        yield "multimodal input: not tested yet"
-    window = model.get_sliding_window()
-    if window is not None:
-        yield f"the model's own sliding window ({window} tokens)"
-    if setting("attention_chunk_size"):
-        yield f"chunked local attention ({setting('attention_chunk_size')} tokens)"
-    if setting("attn_logit_softcapping") or setting("attn_logits_soft_cap"):
-        yield "soft-capped attention logits"
-    if model.uses_alibi:
-        yield "ALiBi position biases"
-    if model.rswa_window is not None or model.is_diffusion:
-        yield "attention that is not causal over the whole request"
-    if model.has_noops:
-        yield "layers without attention among the model's layers"
     scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
-    if scheme:
-        yield f"the checkpoint's own KV cache quantisation ({scheme})"
-    if model.hf_config.model_type == "gpt_oss":
-        yield "learned attention sinks (these are logits, not sink tokens)"
-    if model.get_head_size() not in HEAD_SIZES:
-        sizes = ", ".join(map(str, HEAD_SIZES))
-        yield f"the head size {model.get_head_size()}: supported are {sizes}"
-    if setting("num_kv_shared_layers"):
-        yield "layers that share another layer's KV cache"
+    return ModelFacts(
+        name=model.model,
+        num_layers=model.get_total_num_hidden_layers(),
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        runner_type=model.runner_type,
+        uses_mla=model.use_mla,
+        is_encoder_decoder=model.is_encoder_decoder,
+        has_other_layers=model.is_hybrid or model.is_attention_free,
+        is_multimodal=model.is_multimodal_model,
+        sliding_window=model.get_sliding_window(),
+        attention_chunk_size=setting("attention_chunk_size"),
+        soft_caps_logits=bool(setting("attn_logit_softcapping") or setting("attn_logits_soft_cap")),
+        uses_alibi=bool(model.uses_alibi),
+        is_not_causal=model.rswa_window is not None or model.is_diffusion,
+        has_noops=model.has_noops,
+        kv_cache_scheme=scheme,
+        has_learned_sinks=model.hf_config.model_type == "gpt_oss",
+        shares_caches=bool(setting("num_kv_shared_layers")),
+    )
+
+
+def cache_dtype_refusal(cache_dtype: str, model_dtype: str) -> str | None:
+    """Why a KV cache of this type cannot be served, if so; both are vLLM's names."""
+    if cache_dtype not in UNQUANTISED_CACHE_DTYPES:
+        return f"--kv-cache-dtype {cache_dtype}: quantised caches are not tested yet, use auto"
+    if cache_dtype not in ("auto", model_dtype):
+        return f"--kv-cache-dtype {cache_dtype} for a model in {model_dtype}: use auto"
+    return None
+
+
+def parallel_refusal(flag: str, size: int) -> str | None:
+    """Why a server of this parallel size cannot run, if so."""
+    return f"{flag} {size}: not tested yet, set it to 1" if size > 1 else None
 
 
 def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
@@ -100,8 +110,8 @@ def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
     ):
-        if value > 1:
-            yield f"{name} {value}: not tested yet, set it to 1"
+        if reason := parallel_refusal(name, value):
+            yield reason
 
 
 def _features(vllm_config: VllmConfig) -> Iterator[str]:
@@ -117,10 +127,8 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager"
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in UNQUANTISED_CACHE_DTYPES:
-        yield f"--kv-cache-dtype {cache.cache_dtype}: quantised caches are not tested yet, use auto"
-    elif cache.cache_dtype not in ("auto", model_dtype):
-        yield f"--kv-cache-dtype {cache.cache_dtype} for a model in {model_dtype}: use auto"
+    if reason := cache_dtype_refusal(cache.cache_dtype, model_dtype):
+        yield reason
     if cache.kv_sharing_fast_prefill:
         yield "--kv-sharing-fast-prefill"
     if cache.kv_offloading_size is not None:

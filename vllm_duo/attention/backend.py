@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
-from vllm_duo.support import HEAD_SIZES
+from vllm_duo.model_facts import HEAD_SIZES
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType

@@ -13,6 +13,7 @@ from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.logging import get_logger
 
 if TYPE_CHECKING:
@@ -117,8 +118,7 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig) -> None:
 
 
 def _report(plan: ServerPlan, layout: Layout, num_blocks: int, max_model_len: int) -> None:
-    requests = (num_blocks - 1) / layout.blocks(max_model_len)
-    stock = layout.full_attention_bytes(max_model_len) / layout.held_bytes(max_model_len)
+    capacity = Capacity(layout=layout, num_blocks=num_blocks)
     logger.info(
         "duo: KV cache: pattern %s, sparsity %.4g, mask %s; blocks of %d retrieval and %d streaming "
         "tokens in %d bin(s), %d bytes; waste %.1f %% at %d tokens; %d blocks hold %d tokens in %.2f "
@@ -132,9 +132,9 @@ def _report(plan: ServerPlan, layout: Layout, num_blocks: int, max_model_len: in
         layout.block_bytes,
         100 * layout.waste(max_model_len),
         max_model_len,
-        num_blocks - 1,
-        requests * max_model_len,
-        requests,
+        capacity.usable_blocks,
+        capacity.tokens_that_fit(max_model_len),
+        capacity.concurrent_requests(max_model_len),
         max_model_len,
-        stock,
+        capacity.times_stock(max_model_len),
     )

@@ -287,7 +287,11 @@ class Layout:
         Worked example: R = 3 and S = 5 heads in all, sink 64, recent 256, D = 128, 2 bytes: 1,000
         tokens are (3 * 1,000 + 5 * 320) * 512 bytes = 2,355,200 bytes.
         """
-        return max(self._needed_bytes(rank, num_tokens) for rank in self.ranks)
+        return self._needed_bytes(self.neediest_rank(num_tokens), num_tokens)
+
+    def neediest_rank(self, num_tokens: int) -> KVShape:
+        """The rank that must keep most of a request of ``num_tokens`` tokens, the first of equals."""
+        return max(self.ranks, key=lambda rank: self._needed_bytes(rank, num_tokens))
 
     def waste(self, num_tokens: int) -> float:
         """Share of the held bytes that the rule does not need, the last block's rest excluded.

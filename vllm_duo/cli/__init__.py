@@ -1,0 +1,1 @@
+"""The command ``vllm-duo``: one module per command, imported when it is called."""

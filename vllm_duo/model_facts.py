@@ -1,0 +1,93 @@
+"""What of a model decides its KV cache, and whether duo can serve it.
+
+The server fills ``ModelFacts`` from vLLM's config (``support.py``), the command line from config.json
+alone (``planning/checkpoint.py``); both ask ``model_refusals``. No vLLM, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Head sizes that the operators are tested with or that stock vLLM's CPU kernels also serve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """One model.
+
+    Attributes:
+        name: as the user gave it: a folder or a Hugging Face id.
+        num_layers: layers with attention.
+        num_kv_heads: of one layer, before any tensor-parallel split.
+        head_size: ``D``.
+        runner_type: vLLM's word, "generate" for text generation.
+        uses_mla: multi-head latent attention.
+        is_encoder_decoder: the decoder attends to an encoder.
+        has_other_layers: Mamba, linear attention or none at all in some layers.
+        is_multimodal: takes more than text.
+        sliding_window: the model's own, in tokens.
+        attention_chunk_size: of chunked local attention, in tokens.
+        soft_caps_logits: attention logits are soft-capped.
+        uses_alibi: position biases.
+        is_not_causal: another mask than the causal one.
+        has_noops: some layers have no attention.
+        kv_cache_scheme: of a checkpoint that quantises its own KV cache.
+        has_learned_sinks: logits that stand for sinks.
+        shares_caches: some layers read another layer's KV cache.
+    """
+
+    name: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    runner_type: str = "generate"
+    uses_mla: bool = False
+    is_encoder_decoder: bool = False
+    has_other_layers: bool = False
+    is_multimodal: bool = False
+    sliding_window: int | None = None
+    attention_chunk_size: int | None = None
+    soft_caps_logits: bool = False
+    uses_alibi: bool = False
+    is_not_causal: bool = False
+    has_noops: bool = False
+    kv_cache_scheme: object = None
+    has_learned_sinks: bool = False
+    shares_caches: bool = False
+
+
+def model_refusals(model: ModelFacts) -> Iterator[str]:
+    """Every reason why duo cannot serve this model; none where it can."""
+    if model.runner_type != "generate":
+        yield f"the task {model.runner_type!r}: only text generation keeps a KV cache"
+    if model.uses_mla:
+        yield "multi-head latent attention (MLA): its cache has no KV heads to split"
+    if model.is_encoder_decoder:
+        yield "cross-attention (an encoder-decoder model)"
+    if model.has_other_layers:
+        yield "layers without attention (Mamba, linear attention and their like)"
+    if model.is_multimodal:
+        yield "multimodal input: not tested yet"
+    if model.sliding_window is not None:
+        yield f"the model's own sliding window ({model.sliding_window} tokens)"
+    if model.attention_chunk_size:
+        yield f"chunked local attention ({model.attention_chunk_size} tokens)"
+    if model.soft_caps_logits:
+        yield "soft-capped attention logits"
+    if model.uses_alibi:
+        yield "ALiBi position biases"
+    if model.is_not_causal:
+        yield "attention that is not causal over the whole request"
+    if model.has_noops:
+        yield "layers without attention among the model's layers"
+    if model.kv_cache_scheme:
+        yield f"the checkpoint's own KV cache quantisation ({model.kv_cache_scheme})"
+    if model.has_learned_sinks:
+        yield "learned attention sinks (these are logits, not sink tokens)"
+    if model.head_size not in HEAD_SIZES:
+        sizes = ", ".join(map(str, HEAD_SIZES))
+        yield f"the head size {model.head_size}: supported are {sizes}"
+    if model.shares_caches:
+        yield "layers that share another layer's KV cache"

@@ -1,0 +1,231 @@
+"""A model's facts from its config.json: in a folder, or in Hugging Face's cache without a network.
+
+Keys are read as vLLM 0.32 reads them (``ModelArchConfigConvertorBase``); what a file leaves out is what
+transformers 5 takes for that model type. For model types that are not in ``DEFAULTS`` the keys that
+count must be there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_duo.model_facts import ModelFacts
+
+CONFIG_NAME = "config.json"
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen2_moe": {"num_key_value_heads": 16, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
+    "phi3": {},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
+}
+"""Per model type, what transformers takes where config.json leaves a key out."""
+
+WINDOW_ONLY_IF_USED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Model types whose sliding window counts only with ``use_sliding_window``, which is off by default."""
+
+NAMES = {
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": (
+        *("n_head_kv", "num_kv_heads", "num_key_value_heads"),
+        *("multi_query_group_num", "num_attention_groups"),
+    ),
+    "head_dim": ("head_dim", "hidden_size_per_head"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+}
+"""Names under which model types keep the same figure, the first found counts."""
+
+LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+OTHER_LAYER_KEYS = (
+    *("mamba_d_state", "ssm_state_size", "state_size", "attn_layer_period", "linear_attn_config"),
+    *("hybrid_override_pattern", "layers_block_type", "linear_num_key_heads", "lru_width"),
+)
+OTHER_LAYER_TYPES = ("mamba", "linear_attention", "recurrent", "conv")
+OTHER_MODEL_TYPES = ("jamba", "mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma")
+ENCODER_DECODERS = ("whisper", "bart", "mbart", "t5", "mt5", "pegasus", "m2m_100", "nllb_moe")
+OTHER_SENSES = ("vision_config", "audio_config", "image_token_id", "image_token_index")
+GENERATORS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model as its config.json describes it.
+
+    Attributes:
+        facts: what the KV cache depends on.
+        model_type: config.json's word.
+        dtype: of the weights, as config.json names it; None: not given.
+        max_model_len: tokens that the positions are made for; None: not given, or scaled by a rule
+            that needs more than a product.
+        is_known: whether the model type is one of ``DEFAULTS``.
+    """
+
+    facts: ModelFacts
+    model_type: str
+    dtype: str | None
+    max_model_len: int | None
+    is_known: bool
+
+
+def read_checkpoint(model: str) -> Checkpoint:
+    """Read the config.json of a folder or of Hugging Face's cache.
+
+    Args:
+        model: folder, or Hugging Face id of a model that has been downloaded.
+
+    Raises:
+        ValueError: there is no such file, it is not a JSON object, or a figure is missing or bad.
+    """
+    file = _find(model)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON or UTF-8
+        raise ValueError(
+            f"{file}: expected a JSON object, got text that does not parse ({error}): correct it"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}: correct it")
+    return _Reader(model, file, config).checkpoint()
+
+
+def _find(model: str) -> Path:
+    """The config.json of a folder, else of the snapshot in Hugging Face's cache."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if (folder / CONFIG_NAME).is_file():
+            return folder / CONFIG_NAME
+        raise ValueError(
+            f"model {model!r}: expected a folder with {CONFIG_NAME}, found {folder.absolute()} "
+            "without it: name the folder of a checkpoint"
+        )
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        raise ValueError(
+            f"model {model!r}: expected a folder (huggingface_hub, which knows downloaded models, is "
+            "not installed): give the folder of a checkpoint, or pip install huggingface_hub"
+        ) from None
+    try:
+        found = try_to_load_from_cache(model, CONFIG_NAME)
+    except HFValidationError:
+        found = None
+    if isinstance(found, str):
+        return Path(found)
+    raise ValueError(
+        f"model {model!r}: expected a folder with {CONFIG_NAME} or a model in Hugging Face's cache, "
+        f"found neither: correct the name, or fetch the one file (hf download {model} {CONFIG_NAME})"
+    )
+
+
+class _Reader:
+    """Reads one config.json; ``text`` is its part for text where it has several."""
+
+    def __init__(self, model: str, file: Path, config: dict[str, Any]) -> None:
+        self.model = model
+        self.file = file
+        self.config = config
+        nested = config.get("text_config")
+        self.text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
+        self.model_type = str(self.text.get("model_type", config.get("model_type", "")))
+
+    def checkpoint(self) -> Checkpoint:
+        dtype = self.config.get("dtype", self.config.get("torch_dtype"))
+        return Checkpoint(
+            facts=self.facts(),
+            model_type=self.model_type,
+            dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) else None,
+            max_model_len=self.max_model_len(),
+            is_known=self.model_type in DEFAULTS,
+        )
+
+    def facts(self) -> ModelFacts:
+        heads = self.figure("num_attention_heads")
+        layer_types = self.text.get("layer_types") or ()
+        quantisation = self.config.get("quantization_config") or {}
+        attention = self.text.get("attn_config")
+        architecture = (self.config.get("architectures") or ["ForCausalLM"])[0]
+        caps = ("attn_logit_softcapping", "attn_logits_soft_cap")
+        return ModelFacts(
+            name=self.model,
+            num_layers=self.figure("num_hidden_layers"),
+            num_kv_heads=self.figure("num_key_value_heads", heads),
+            head_size=self.head_size(heads),
+            runner_type="generate" if architecture.endswith(GENERATORS) else "pooling",
+            uses_mla=self.uses_mla,
+            is_encoder_decoder=bool(self.config.get("is_encoder_decoder"))
+            or self.model_type in ENCODER_DECODERS,
+            has_other_layers=self.model_type in OTHER_MODEL_TYPES
+            or any(self.text.get(key) for key in OTHER_LAYER_KEYS)
+            or any(kind in OTHER_LAYER_TYPES for kind in layer_types),
+            is_multimodal=self.model_type == "whisper"
+            or any(key in self.config for key in OTHER_SENSES),
+            sliding_window=self.sliding_window(),
+            attention_chunk_size=self.text.get("attention_chunk_size"),
+            soft_caps_logits=any(self.text.get(key) for key in caps)
+            or (self.model_type == "gemma2" and caps[0] not in self.text),
+            uses_alibi=bool(self.text.get("alibi"))
+            or architecture == "BloomForCausalLM"
+            or self.text.get("position_encoding_type") == "alibi"
+            or (isinstance(attention, dict) and bool(attention.get("alibi"))),
+            is_not_causal="rswa_window" in self.config or "canvas_length" in self.config,
+            has_noops=bool(self.text.get("block_configs")),
+            kv_cache_scheme=quantisation.get("kv_cache_scheme"),
+            has_learned_sinks=self.model_type == "gpt_oss",
+            shares_caches=bool(self.text.get("num_kv_shared_layers")),
+        )
+
+    @property
+    def uses_mla(self) -> bool:
+        return self.text.get("kv_lora_rank") is not None
+
+    def head_size(self, heads: int) -> int:
+        if self.uses_mla:
+            return int(self.text["kv_lora_rank"]) + int(self.text.get("qk_rope_head_dim", 0))
+        size = self.figure("head_dim", 0)
+        return size if size else self.figure("hidden_size") // heads
+
+    def sliding_window(self) -> int | None:
+        """The window in force; 0 and null mean none."""
+        default = DEFAULTS.get(self.model_type, {}).get("sliding_window")
+        window = self.text.get("sliding_window", default)
+        if self.model_type in WINDOW_ONLY_IF_USED and not self.text.get("use_sliding_window"):
+            return None
+        return int(window) if window else None
+
+    def max_model_len(self) -> int | None:
+        """As vLLM derives it, unless a RoPE scaling other than Llama 3's stretches it."""
+        scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        lengths: list[int] = [
+            self.text[key] for key in LENGTH_NAMES if isinstance(self.text.get(key), int)
+        ]
+        if kind not in ("default", "llama3", "longrope", "su") or not lengths:
+            return None
+        return min(lengths)
+
+    def figure(self, key: str, default: int | None = None) -> int:
+        """A whole number of config.json; a null is what transformers makes of it: ``default``."""
+        known = DEFAULTS.get(self.model_type, {})
+        names = [name for name in NAMES[key] if name in self.text]
+        value = self.text[names[0]] if names else known.get(key, default)
+        value = default if value is None else value
+        least = 0 if default == 0 else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            return value
+        expected = f"{' or '.join(NAMES[key])}, a whole number from 1"
+        got = repr(self.text[names[0]]) if names else "no such key"
+        raise ValueError(
+            f"{self.file}: expected {expected}, got {got}: correct the file, or name the folder of "
+            "a text model"
+        )

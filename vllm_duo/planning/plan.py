@@ -1,0 +1,241 @@
+"""The plan of a server's KV memory, from its flags and the model's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm_duo.config import SECTION
+from vllm_duo.kv_cache.capacity import Capacity
+from vllm_duo.kv_cache.layout import Layout
+from vllm_duo.model_facts import model_refusals
+from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
+from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
+from vllm_duo.server_plan import ServerPlan, make_plan
+from vllm_duo.support import cache_dtype_refusal, parallel_refusal, refuse
+
+DTYPES = {"half": "float16", "float": "float32"} | {
+    name: name for name in ("float16", "bfloat16", "float32")
+}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+CACHE_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+AUTO_DTYPE = "bfloat16"
+"""What vLLM makes of a float32 checkpoint, or of one that does not say, with ``--dtype auto``."""
+
+FIRST_LENGTH = 1024
+"""Tokens of the shortest request that is listed, if no lengths are asked for; then its doubles."""
+
+DEFAULT_BLOCK_SIZE = 128
+"""vLLM's ``--block-size`` on CPUs, the platform of this release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """A server's flags.
+
+    Attributes:
+        model: folder, or Hugging Face id of a model whose config.json is in the local cache.
+        duo: the "duo" section of ``--additional-config``.
+        kv_cache_bytes: KV pool of one rank.
+        max_model_len: tokens; "auto": the longest that fits the pool; None: the model's own.
+        tensor_parallel_size: ranks.
+        dtype: vLLM's ``--dtype``.
+        kv_cache_dtype: vLLM's ``--kv-cache-dtype``.
+        block_size: tokens of a retrieval block.
+        lengths: requests to list, in tokens; none: doubles up to ``max_model_len``.
+    """
+
+    model: str
+    duo: Mapping[str, Any] = field(default_factory=dict)
+    kv_cache_bytes: int
+    max_model_len: int | Literal["auto"] | None = None
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    lengths: Sequence[int] = ()
+
+
+def plan_memory(request: PlanRequest) -> Plan:
+    """Work out what the server would hold.
+
+    Raises:
+        ValueError: no such model, no pattern or one of another shape, or an impossible setting.
+        NotImplementedError: duo cannot serve the model; with every reason.
+    """
+    _check(request)
+    checkpoint = read_checkpoint(request.model)
+    facts = checkpoint.facts
+    refuse(list(model_refusals(facts)))
+    server = make_plan({SECTION: request.duo}, facts.name, facts.num_layers, facts.num_kv_heads)
+    dtype = _dtype(request, checkpoint)
+    cache_dtype = dtype if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
+    longest = _model_length(request, checkpoint)
+    layout = server.layout(
+        head_size=facts.head_size,
+        dtype_bytes=(CACHE_DTYPE_BYTES | DTYPE_BYTES)[cache_dtype],
+        block_size=request.block_size,
+        max_model_len=longest,
+        tensor_parallel_size=request.tensor_parallel_size,
+    )
+    if request.max_model_len == "auto":
+        longest = _fitting_length(layout, request.kv_cache_bytes, longest)
+    lengths = sorted({*(request.lengths or _doubles(longest)), longest})
+    duo = _memory(layout, request.kv_cache_bytes, longest, lengths)
+    full = _memory(layout.full_attention, request.kv_cache_bytes, longest, lengths)
+    return Plan(
+        **dict(duo),
+        settings=_settings(request, checkpoint, server, dtype, longest),
+        streaming_block_size=layout.span.block_size,
+        streaming_blocks_per_request=len(layout.bins) * layout.span.max_blocks,
+        num_bins=len(layout.bins),
+        times_full_attention=_ratio(duo.concurrent_requests, full.concurrent_requests),
+        full=full,
+        notes=list(_notes(request, checkpoint, dtype, duo, longest)),
+    )
+
+
+def _check(request: PlanRequest) -> None:
+    """Refuse impossible flags, one sentence each."""
+    numbers: list[tuple[str, object]] = [
+        ("--kv-cache-gib", request.kv_cache_bytes),
+        ("--block-size", request.block_size),
+        ("--tp", request.tensor_parallel_size),
+        ("--max-model-len", request.max_model_len),
+        *(("--lengths", length) for length in request.lengths),
+    ]
+    for name, number in numbers:
+        if isinstance(number, int) and number < 1:
+            raise ValueError(f"{name}: expected more than 0, got {number}: correct it")
+    for name, value, allowed in (
+        ("--dtype", request.dtype, DTYPES),
+        ("--kv-cache-dtype", request.kv_cache_dtype, CACHE_DTYPE_BYTES),
+    ):
+        if value != "auto" and value not in allowed:
+            raise ValueError(
+                f"{name}: expected one of auto, {', '.join(allowed)}, got {value!r}: correct it"
+            )
+
+
+def _dtype(request: PlanRequest, checkpoint: Checkpoint) -> str:
+    """The model's numbers as vLLM would choose them."""
+    if request.dtype != "auto":
+        return DTYPES[request.dtype]
+    found = checkpoint.dtype
+    return found if found in ("float16", "bfloat16") else AUTO_DTYPE
+
+
+def _model_length(request: PlanRequest, checkpoint: Checkpoint) -> int:
+    """Tokens of the longest request, before a pool shortens it."""
+    if isinstance(request.max_model_len, int):
+        return request.max_model_len
+    if checkpoint.max_model_len is None:
+        raise ValueError(
+            f"--max-model-len: expected a number of tokens, got none, and config.json of "
+            f"{request.model!r} gives none that can be used as it is (no max_position_embeddings, or "
+            "a RoPE scaling): give it"
+        )
+    return checkpoint.max_model_len
+
+
+def _fitting_length(layout: Layout, pool_bytes: int, longest: int) -> int:
+    """What ``--max-model-len auto`` comes to.
+
+    Raises:
+        ValueError: not a single token fits.
+    """
+    found = Capacity.of_bytes(layout, pool_bytes).longest_request()
+    if found == 0:
+        raise ValueError(
+            f"--max-model-len auto: expected a pool for at least one token ("
+            f"{(1 + layout.blocks(1)) * layout.block_bytes} bytes), got {pool_bytes} bytes: raise "
+            "--kv-cache-gib"
+        )
+    return longest if found is None else min(found, longest)
+
+
+def _doubles(longest: int) -> Iterator[int]:
+    length = FIRST_LENGTH
+    while length < longest:
+        yield length
+        length *= 2
+
+
+def _memory(layout: Layout, pool_bytes: int, longest: int, lengths: Sequence[int]) -> MemoryPlan:
+    capacity = Capacity.of_bytes(layout, pool_bytes)
+    rank = layout.neediest_rank(longest)
+    kept = layout.span.sink_size + layout.span.recent_size
+    return MemoryPlan(
+        concurrent_requests=capacity.concurrent_requests(longest),
+        tokens_that_fit=capacity.tokens_that_fit(longest),
+        bytes_per_token=rank.num_retrieval * rank.token_bytes,
+        constant_bytes_per_request=rank.num_streaming * kept * rank.token_bytes,
+        waste=layout.waste(longest),
+        block_bytes=layout.block_bytes,
+        num_blocks=capacity.num_blocks,
+        longest_request_tokens=capacity.longest_request(),
+        by_length=[
+            LengthPlan(
+                tokens=tokens,
+                blocks=layout.blocks(tokens),
+                held_bytes=layout.held_bytes(tokens),
+                needed_bytes=layout.needed_bytes(tokens),
+                waste=layout.waste(tokens),
+                concurrent_requests=capacity.concurrent_requests(tokens),
+                tokens_that_fit=capacity.tokens_that_fit(tokens),
+            )
+            for tokens in lengths
+        ],
+    )
+
+
+def _settings(
+    request: PlanRequest, checkpoint: Checkpoint, server: ServerPlan, dtype: str, longest: int
+) -> PlanSettings:
+    resolved = server.resolved
+    return PlanSettings(
+        model=request.model,
+        pattern=server.pattern_name,
+        mask_hash=resolved.selection.mask_hash,
+        sparsity=resolved.selection.sparsity,
+        cut=resolved.cut,
+        cut_value=resolved.cut_value,
+        sink_size=resolved.sink_size,
+        recent_size=resolved.recent_size,
+        num_layers=checkpoint.facts.num_layers,
+        num_kv_heads=checkpoint.facts.num_kv_heads,
+        head_size=checkpoint.facts.head_size,
+        dtype=dtype,
+        kv_cache_dtype=request.kv_cache_dtype,
+        block_size=request.block_size,
+        max_model_len=longest,
+        tensor_parallel_size=request.tensor_parallel_size,
+        kv_cache_bytes=request.kv_cache_bytes,
+    )
+
+
+def _ratio(duo: float, full: float) -> float | None:
+    """``duo / full``; None where full attention has no block to hold anything."""
+    return duo / full if full else None
+
+
+def _notes(
+    request: PlanRequest, checkpoint: Checkpoint, dtype: str, duo: MemoryPlan, longest: int
+) -> Iterator[str]:
+    for reason in (
+        parallel_refusal("--tensor-parallel-size", request.tensor_parallel_size),
+        cache_dtype_refusal(request.kv_cache_dtype, dtype),
+    ):
+        if reason:
+            yield f"this release's server refuses {reason}"
+    if not checkpoint.is_known:
+        yield (
+            f"model type {checkpoint.model_type!r}: config.json was read by the usual names of its "
+            "keys; what vLLM makes of this type was not compared"
+        )
+    if duo.concurrent_requests < 1:
+        yield (
+            f"the pool does not hold one request of {longest} tokens, so the server would not start: "
+            f"the longest that fits has {duo.longest_request_tokens or 0} tokens"
+        )

@@ -1,0 +1,85 @@
+"""What ``vllm-duo plan --json`` prints; ``docs/plan.md`` lists it. All bytes are of one rank."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LengthPlan(_Frozen):
+    """Requests of one length."""
+
+    tokens: int = Field(description="length of each request")
+    blocks: int = Field(description="pool blocks that a request holds")
+    held_bytes: int = Field(description="bytes of these blocks")
+    needed_bytes: int = Field(description="bytes that the request must keep, whatever the blocks")
+    waste: float = Field(
+        description="share of the held bytes that is not needed, the last block's rest excluded"
+    )
+    concurrent_requests: float = Field(description="requests that fit at once, unrounded")
+    tokens_that_fit: int = Field(description="tokens of all of them, the last one in part")
+
+
+class MemoryPlan(_Frozen):
+    """What one way of keeping the KV cache costs, and what the pool holds with it."""
+
+    concurrent_requests: float = Field(
+        description="requests of max_model_len tokens that fit at once, unrounded"
+    )
+    tokens_that_fit: int = Field(description="tokens of all of them, the last one in part")
+    bytes_per_token: int = Field(
+        description="bytes that each token of a request must keep for good: the retrieval heads'"
+    )
+    constant_bytes_per_request: int = Field(
+        description="bytes that a request must keep however long it is: the streaming heads' sink "
+        "and recent tokens"
+    )
+    waste: float = Field(description="at max_model_len, as in by_length")
+    block_bytes: int = Field(description="bytes of a pool block")
+    num_blocks: int = Field(description="blocks of the pool; one is vLLM's null block")
+    longest_request_tokens: int | None = Field(
+        description="longest request that fits the pool alone; null: any length fits"
+    )
+    by_length: list[LengthPlan] = Field(description="the same for other lengths, ascending")
+
+
+class PlanSettings(_Frozen):
+    """What was planned for."""
+
+    model: str = Field(description="folder or Hugging Face id")
+    pattern: str = Field(description="name of the head pattern's folder")
+    mask_hash: str = Field(description="of the selected heads")
+    sparsity: float = Field(description="share of the KV heads that stream, as it came out")
+    cut: Literal["sparsity", "threshold"] = Field(description="the setting that selected the heads")
+    cut_value: float = Field(description="its value")
+    sink_size: int = Field(description="tokens")
+    recent_size: int = Field(description="tokens")
+    num_layers: int
+    num_kv_heads: int = Field(description="of one layer, over all ranks")
+    head_size: int
+    dtype: str = Field(description="of the model")
+    kv_cache_dtype: str = Field(description="as given; auto is the model's")
+    block_size: int = Field(description="tokens of a retrieval block, --block-size")
+    max_model_len: int = Field(description="tokens")
+    tensor_parallel_size: int
+    kv_cache_bytes: int = Field(description="the pool of one rank")
+
+
+class Plan(MemoryPlan):
+    """The memory of a server with duo, and of stock vLLM in the same pool under ``full``."""
+
+    schema_version: Literal[1] = 1
+    settings: PlanSettings
+    streaming_block_size: int = Field(description="tokens of a streaming block")
+    streaming_blocks_per_request: int = Field(description="most that a request holds, all bins")
+    num_bins: int = Field(description="groups of layers whose streaming heads share a block table")
+    times_full_attention: float | None = Field(
+        description="concurrent_requests over that of full attention; null: that has no block"
+    )
+    full: MemoryPlan = Field(description="stock vLLM: every head keeps every token")
+    notes: list[str] = Field(description="what to know before relying on the figures")
