@@ -19,9 +19,7 @@ from transformers import LlamaConfig
 
 from tests.e2e.needle import SERVER_ENV
 from vllm_duo.evaluate.server import ServerProcess
-from vllm_duo.heads import HeadPattern
-from vllm_duo.heads.discovery import PUBLISHED
-from vllm_duo.kv_cache.layout import KVShape, plan_layout
+from vllm_duo.planning.plan import PlanRequest, plan_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -35,7 +33,7 @@ ANSWER = 31
 MAX_MODEL_LEN = 1024
 SINK, RECENT = 2, 3  # of 385 tokens: 1.3 %, where 64 and 256 of 32k are 1 %
 STOCK_REQUESTS = 100
-POOL_GIB = STOCK_REQUESTS * 13 * BLOCK * LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4 / (1 << 30) + 0.04
+POOL_GIB = STOCK_REQUESTS * 13 * BLOCK * LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4 / (1 << 30) + 0.02
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +104,26 @@ def most_running(server, asked):
 
 @pytest.mark.timeout(900)
 def test_a_server_keeps_as_many_requests_as_planned(model, tmp_path):
-    selection = HeadPattern.load(PUBLISHED / PATTERN).select(sparsity=0.5)
-    (shape,) = KVShape.split(selection.retrieval, head_size=HEAD_SIZE, dtype_bytes=4)
-    layout = plan_layout(
-        shape,
-        block_size=BLOCK,
-        sink_size=SINK,
-        recent_size=RECENT,
-        reference_tokens=MAX_MODEL_LEN,
+    settings = {"pattern": PATTERN, "sparsity": 0.5, "sink_size": SINK, "recent_size": RECENT}
+    plan = plan_memory(
+        PlanRequest(
+            model=str(model),
+            duo=settings,
+            kv_cache_bytes=int(POOL_GIB * (1 << 30)),
+            max_model_len=MAX_MODEL_LEN,
+            dtype="float32",
+            block_size=BLOCK,
+            lengths=(PROMPT,),
+        )
     )
-    pool_bytes = int(POOL_GIB * (1 << 30))
-    planned = int(layout.concurrent_requests(pool_bytes, PROMPT))
-    assert int(layout.full_attention.concurrent_requests(pool_bytes, PROMPT)) == STOCK_REQUESTS
+    planned = int(plan.by_length[0].concurrent_requests)
+    assert int(plan.full.by_length[0].concurrent_requests) == STOCK_REQUESTS
 
     with serve(model, tmp_path / "stock.log") as server:
         server.wait_until_ready()
         stock, waiting = most_running(server, STOCK_REQUESTS + 20)
     assert (stock, waiting) == (STOCK_REQUESTS, 20)
 
-    settings = {"pattern": PATTERN, "sparsity": 0.5, "sink_size": SINK, "recent_size": RECENT}
     arguments = ["--attention-backend", "duo", "--additional-config", json.dumps({"duo": settings})]
     with serve(model, tmp_path / "duo.log", *arguments) as server:
         server.wait_until_ready()
