@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tests.e2e.engine import answer_of
+from vllm_duo.kv_cache.integrity import check_integrity
 from vllm_duo.kv_cache.layout import cdiv
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
@@ -104,43 +105,29 @@ class Stepper:
         self.borrowed = []
 
     def check(self):
-        """Raise unless every block is free or in as many tables as it is held for, and no table is
-        longer than its request's tokens ask for."""
+        """Raise unless the pool's accounts hold and no table is longer than its request's tokens ask
+        for."""
+        check_integrity(self.running.manager, self.borrowed)
         running = {request.request_id: request for request in self.scheduler.running}
-        holders = Counter(block.block_id for block in self.borrowed)
         for manager in self.running.manager.coordinator.single_type_managers:
-            holders.update(table_holders(manager, running))
-        blocks = [block for block in self.pool.blocks if not block.is_null]
-        assert {b.block_id: b.ref_cnt for b in blocks if b.ref_cnt} == holders
-        free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
-        assert len(free) == self.pool.get_num_free_blocks() == len(blocks) - len(holders)
-        assert not set(free) & set(holders)
-        for block in blocks:
-            key = block.block_hash
-            cached = self.pool.cached_block_hash_to_block
-            assert key is None or cached.contain(key, block.block_id)
+            check_tables(manager, running)
 
 
-def table_holders(manager, running):
-    """How often one group's tables name each block; its tables are as long as the formulas say."""
+def check_tables(manager, running):
+    """One group's tables are those of running requests, as long as the formulas say, and its
+    snapshots are settled."""
     assert manager.req_to_blocks.keys() <= running.keys(), (
         "a request that does not run holds blocks"
     )
     assert manager.num_cached_block.keys() <= running.keys()
-    holders = Counter()
     for request_id, table in manager.req_to_blocks.items():
         num_tokens = running[request_id].num_computed_tokens
         if isinstance(manager, RingManager):
             assert len(table) == manager.allocator.span.blocks(num_tokens)
-            assert all(block.block_hash is None and block.ref_cnt == 1 for block in table)
+            assert all(block.block_hash is None for block in table)
         else:
             assert len(table) == cdiv(num_tokens, manager.block_size)
             assert all(block.block_hash is not None for block in table if block.ref_cnt > 1)
-        assert not any(block.is_null for block in table)
-        holders.update(block.block_id for block in table)
-    if isinstance(manager, RingManager):
-        manager.allocator.check_integrity()
     if isinstance(manager, SnapshotManager):
         assert (manager._orders, manager.snapshots.held, manager._late) == ([], [], [])
         assert manager._trails.keys() <= running.keys()
-    return holders

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_duo.kv_cache.manager import RingManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 
-def check_integrity(kv_cache_manager: KVCacheManager) -> None:
+def check_integrity(kv_cache_manager: KVCacheManager, lent: Sequence[KVCacheBlock] = ()) -> None:
     """Check that free + held == total and that every table is sound; cached blocks are free ones.
 
     Costs a walk through the whole pool: for tests and for finding a defect, not for every step of a
@@ -19,6 +21,7 @@ def check_integrity(kv_cache_manager: KVCacheManager) -> None:
 
     Args:
         kv_cache_manager: vLLM's, between two steps.
+        lent: blocks that somebody else holds, each once.
 
     Raises:
         RuntimeError: a block is in no table but held, in more tables than it is held for, or free in
@@ -26,7 +29,7 @@ def check_integrity(kv_cache_manager: KVCacheManager) -> None:
             in a table; the free list disagrees; or a block has a hash by which it is not found.
     """
     pool = kv_cache_manager.block_pool
-    holders: Counter[int] = Counter()
+    holders = Counter(block.block_id for block in lent)
     for manager in kv_cache_manager.coordinator.single_type_managers:
         for request_id, table in manager.req_to_blocks.items():
             if any(block.is_null for block in table):
