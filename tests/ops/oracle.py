@@ -13,7 +13,9 @@ import torch
 
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.decode import decode
+from vllm_duo.ops.layer import attend_and_write
 from vllm_duo.ops.prefill import prefill
+from vllm_duo.ops.snapshot import copy_snapshots
 from vllm_duo.ops.write_kv import write_kv
 
 
@@ -111,17 +113,57 @@ class Store:
             assert cache[guard].isnan().all()
 
 
-def run_step(store, sequences, chunks, scale, *, decode_up_to=1):
+def contiguous(tensor):
+    """A copy of its own."""
+    return tensor.clone()
+
+
+def fused(tensor):
+    """Heads in the middle of wider rows, as in the output of one projection for q, k and v."""
+    n, heads, size = tensor.shape
+    wide = torch.full((n, heads + 3, size), torch.nan, dtype=tensor.dtype)
+    wide[:, 1:-2] = tensor
+    return wide[:, 1:-2]
+
+
+def heads_first(tensor):
+    """Each head's tokens side by side, a few elements between the heads."""
+    n, heads, size = tensor.shape
+    wide = torch.full((heads, n + 1, size), torch.nan, dtype=tensor.dtype)
+    wide[:, :n] = tensor.transpose(0, 1)
+    return wide[:, :n].transpose(0, 1)
+
+
+MEMORY_LAYOUTS = (contiguous, fused, heads_first)
+# A model that normalises its keys (Qwen3) has them contiguous and the values still fused.
+QWEN3 = (contiguous, contiguous, fused, contiguous)
+
+
+def run_step(
+    store,
+    sequences,
+    chunks,
+    scale,
+    *,
+    decode_up_to=1,
+    layouts=QWEN3,
+    rows=None,
+    copies=(),
+    one_call=False,
+):
     """Serve ``chunks[i]`` tokens of each sequence in one step, decodes first.
 
-    Rows that get no tokens take part as empty requests.
+    Sequences that get no tokens take part as empty requests. ``layouts`` says how query, key, value
+    and output lie in memory, ``rows`` which table row each sequence has (default: its own number),
+    ``copies`` which snapshots the step makes and uses. With ``one_call`` the layer's step runs as it
+    is served, else operator by operator, whose parts are checked.
     """
     order = sorted(range(len(sequences)), key=lambda i: chunks[i] > decode_up_to)
     num_decodes = sum(chunks[i] <= decode_up_to for i in order)
     starts = np.cumsum([0] + [chunks[i] for i in order])
     lens = [sequences[i].done + chunks[i] for i in order]
     batch = Batch.from_host(starts, lens, num_decodes)
-    rows = torch.tensor(order)
+    rows = torch.tensor([i if rows is None else rows[i] for i in order])
     caches = LayerCaches(
         retrieval=store.caches.retrieval,
         paged=PagedTable(store.paged.block_table[rows], store.paged.block_size)
@@ -134,6 +176,7 @@ def run_step(store, sequences, chunks, scale, *, decode_up_to=1):
             store.ring.sink_size,
             store.ring.recent_size,
             store.ring.ring_size,
+            tuple(copies),
         )
         if store.caches.ring is not None
         else None,
@@ -151,13 +194,19 @@ def run_step(store, sequences, chunks, scale, *, decode_up_to=1):
             ]
         )
 
-    q, k, v = take("q"), take("k"), take("v")
-    output = torch.full_like(q, torch.nan)
-    decode(q, k, v, store.heads, caches, batch, scale, output)
-    assert output[batch.num_decode_tokens :].isnan().all()
-    prefill(q, k, v, store.heads, caches, batch, scale, output)
-    write_kv(k, v, store.heads, caches, batch)
+    q, k, v = (layout(take(name)) for layout, name in zip(layouts, "qkv", strict=False))
+    output = layouts[3](torch.full(q.shape, torch.nan, dtype=q.dtype))
+    if one_call:
+        attend_and_write(q, k, v, store.heads, caches, batch, scale, output)
+    else:
+        copy_snapshots(k, v, store.heads, caches, batch)
+        decode(q, k, v, store.heads, caches, batch, scale, output)
+        assert output[batch.num_decode_tokens :].isnan().all()
+        prefill(q, k, v, store.heads, caches, batch, scale, output)
+        write_kv(k, v, store.heads, caches, batch)
     assert output[batch.num_tokens :].isnan().all()
+    around = output if output._base is None else output._base
+    assert (~around.isnan()).sum() == (~output.isnan()).sum()
     for slot, i in enumerate(order):
         sequences[i].outputs.append(output[starts[slot] : starts[slot + 1]])
         sequences[i].done += chunks[i]

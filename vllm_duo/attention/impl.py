@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +17,18 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_duo.attention.metadata import DuoMetadata
 from vllm_duo.attention.streaming_cache import SUFFIX, StreamingCache
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
+from vllm_duo.logging import get_logger
+from vllm_duo.ops import cpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
-from vllm_duo.ops.decode import decode
-from vllm_duo.ops.prefill import prefill
-from vllm_duo.ops.snapshot import copy_snapshots
-from vllm_duo.ops.write_kv import write_retrieval, write_streaming
+from vllm_duo.ops.layer import attend_and_write
 from vllm_duo.server_plan import ServerPlan, resolve_plan
 from vllm_duo.support import UNQUANTISED_CACHE_DTYPES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+logger = get_logger(__name__)
 
 
 class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
@@ -110,6 +112,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             context[name + SUFFIX] = self.sibling
         self.layer_name = name
         self.heads = heads
+        _log_kernels()
 
     def forward(
         self,
@@ -146,14 +149,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         assert self.heads is not None, "customize_spec checks that heads were split"
         caches = self._caches(kv_cache, attn_metadata)
         batch = attn_metadata.batch
-        # A request may resume at blocks that another one fills in this same step, so retrieval blocks
-        # and snapshots are written before anybody reads. The ring comes last: the chunk's first
-        # queries see keys that its last tokens overwrite.
-        write_retrieval(key, value, self.heads, caches, batch)
-        copy_snapshots(key, value, self.heads, caches, batch)
-        decode(query, key, value, self.heads, caches, batch, self.scale, output)
-        prefill(query, key, value, self.heads, caches, batch, self.scale, output)
-        write_streaming(key, value, self.heads, caches, batch)
+        attend_and_write(query, key, value, self.heads, caches, batch, self.scale, output)
         return output
 
     def _caches(self, kv_cache: torch.Tensor, own: DuoMetadata) -> LayerCaches:
@@ -166,6 +162,11 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         ring = by_layer[self.layer_name + SUFFIX].table
         assert isinstance(own.table, PagedTable)
         return LayerCaches(kv_cache, own.table, self.sibling.kv_cache, ring)
+
+
+@cache
+def _log_kernels() -> None:
+    logger.info("duo: %s", cpu.describe())
 
 
 _plans: dict[int, ServerPlan] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_duo.ops import cpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.prefill import reference
 from vllm_duo.ops.validate import check_layer, check_query
@@ -40,6 +41,20 @@ def prefill(
 
     Source: DuoAttention, arXiv:2410.10819, section 2.3.
     """
+    if cpu.runs(key):
+        cpu.run(
+            cpu.ATTEND,
+            query,
+            key,
+            value,
+            heads,
+            caches,
+            batch,
+            scale=scale,
+            output=output,
+            requests=(batch.num_decodes, batch.num_reqs),
+        )
+        return
     check_layer(key, value, heads, caches, batch)
     check_query(query, key, heads, output)
     reference.prefill(query, key, value, heads, caches, batch, scale, output)

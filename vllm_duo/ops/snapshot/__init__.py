@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from vllm_duo.ops import cpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.snapshot import reference
+from vllm_duo.ops.snapshot.reference import check_copy
 from vllm_duo.ops.validate import check_layer
 
 
@@ -34,6 +36,11 @@ def copy_snapshots(
         ValueError: shapes, dtypes or devices disagree, or a copy does not fit its request.
     """
     if caches.ring is None or not caches.ring.copies:
+        return
+    if cpu.runs(key):
+        for copy in caches.ring.copies:
+            check_copy(batch, copy)
+        cpu.run(cpu.COPY_SNAPSHOTS, None, key, value, heads, caches, batch)
         return
     check_layer(key, value, heads, caches, batch)
     reference.copy_snapshots(key, value, heads, caches, batch)

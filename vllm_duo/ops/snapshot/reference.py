@@ -24,8 +24,8 @@ def copy_snapshots(
     assert kv_cache is not None
     for copy in ring.copies:
         table = ring.block_table[copy.row, : len(copy.blocks)].long()
+        check_copy(batch, copy)
         if not copy.store:
-            _check_restored(batch, copy)
             kv_cache[table] = kv_cache[copy.blocks]
             continue
         # A slot that the chunk does not write before the boundary holds what it held in the ring.
@@ -35,14 +35,20 @@ def copy_snapshots(
         scatter(key, value, heads.streaming, kv_cache, tokens, copy.blocks[columns], offsets)
 
 
-def _check_restored(batch: Batch, copy: SnapshotCopy) -> None:
-    """Check that the request resumes where the snapshot was taken.
+def check_copy(batch: Batch, copy: SnapshotCopy) -> None:
+    """Check that a copy fits its request: it resumes at the snapshot, or its chunk reaches it.
 
     Raises:
-        ValueError: it resumes elsewhere.
+        ValueError: it does not.
     """
     context = int(batch.context_lens[copy.row])
-    if context != copy.num_tokens:
+    end = int(batch.host_seq_lens[copy.row])
+    if copy.store and not context <= copy.num_tokens <= end:
+        raise ValueError(
+            f"a snapshot at {copy.num_tokens} tokens needs a chunk that reaches it, got tokens "
+            f"{context} to {end}"
+        )
+    if not copy.store and context != copy.num_tokens:
         raise ValueError(
             f"a snapshot of {copy.num_tokens} tokens cannot restore a request with {context} tokens"
         )
@@ -51,18 +57,8 @@ def _check_restored(batch: Batch, copy: SnapshotCopy) -> None:
 def _chunk_slots(
     batch: Batch, ring: RingTable, copy: SnapshotCopy, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Flat index, table column and offset of the chunk's tokens that the state holds.
-
-    Raises:
-        ValueError: the boundary is not in the chunk.
-    """
+    """Flat index, table column and offset of the chunk's tokens that the state holds."""
     context = int(batch.context_lens[copy.row])
-    end = int(batch.host_seq_lens[copy.row])
-    if not context <= copy.num_tokens <= end:
-        raise ValueError(
-            f"a snapshot at {copy.num_tokens} tokens needs a chunk that reaches it, got tokens "
-            f"{context} to {end}"
-        )
     position = np.arange(context, copy.num_tokens)
     kept = (position < ring.sink_size) | (position >= copy.num_tokens - ring.ring_size)
     position = position[kept]

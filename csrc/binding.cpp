@@ -1,0 +1,317 @@
+// The Python module `_cpu`: checks what it is given, then runs a layer's step.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "step.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace duo {
+namespace {
+
+using Tensor = nb::ndarray<nb::ro, nb::device::cpu>;
+
+[[noreturn]] void fail(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+std::string shape_of(const Tensor& tensor) {
+    std::string result = "[";
+    for (size_t i = 0; i < tensor.ndim(); ++i) {
+        result += (i ? ", " : "") + text(static_cast<int64_t>(tensor.shape(i)));
+    }
+    return result + "]";
+}
+
+Dtype dtype_of(const char* name, const Tensor& tensor) {
+    const auto type = tensor.dtype();
+    const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
+    if (type.lanes == 1 && code == nb::dlpack::dtype_code::Float) {
+        if (type.bits == 32) return Dtype::f32;
+        if (type.bits == 16) return Dtype::f16;
+    }
+    if (type.lanes == 1 && code == nb::dlpack::dtype_code::Bfloat) return Dtype::bf16;
+    fail(std::string(name) +
+         " must be float32, bfloat16 or float16 for the CPU kernels, got dtype " + "code " +
+         text(type.code) + " of " + text(type.bits) +
+         " bits: set VLLM_DUO_OPS=reference for other dtypes");
+}
+
+struct Heads {
+    std::vector<int32_t> classes[2];
+
+    Heads(const std::vector<int32_t>& retrieval, const std::vector<int32_t>& streaming)
+        : classes{retrieval, streaming} {
+        for (const auto& heads : classes) {
+            for (const int32_t head : heads) {
+                if (head < 0 || head >= total()) {
+                    fail("head map has head " + text(head) + " of " + text(total()) +
+                         " KV heads: number them from 0");
+                }
+            }
+        }
+    }
+    int64_t total() const { return static_cast<int64_t>(classes[0].size() + classes[1].size()); }
+};
+
+struct Batch {
+    std::vector<Request> requests;
+    int64_t num_tokens = 0;
+
+    Batch(const std::vector<int64_t>& starts, const std::vector<int64_t>& seq_lens) {
+        if (starts.size() != seq_lens.size() + 1) {
+            fail("query_start_loc must have one entry more than seq_lens, got " +
+                 text(static_cast<int64_t>(starts.size())) + " and " +
+                 text(static_cast<int64_t>(seq_lens.size())));
+        }
+        for (size_t i = 0; i < seq_lens.size(); ++i) {
+            const int64_t length = starts[i + 1] - starts[i];
+            if (starts[0] != 0 || length < 0 || length > seq_lens[i]) {
+                fail("request " + text(static_cast<int64_t>(i)) + " has a chunk of " +
+                     text(length) + " tokens and " + text(seq_lens[i]) +
+                     " in all: chunks start at 0 and are not "
+                     "longer than their request");
+            }
+            requests.push_back({starts[i], length, seq_lens[i] - length});
+        }
+        num_tokens = starts.back();
+    }
+};
+
+struct BlockTable {
+    Tensor tensor;  // keeps the memory
+    Table table;
+    bool is_ring;
+    int64_t sink, recent, ring;
+
+    BlockTable(Tensor blocks, int64_t block_size, bool is_ring, int64_t sink, int64_t recent,
+               int64_t ring)
+        : tensor(blocks), is_ring(is_ring), sink(sink), recent(recent), ring(ring) {
+        const char* name = is_ring ? "streaming block table" : "retrieval block table";
+        if (blocks.ndim() != 2 || blocks.dtype() != nb::dtype<int32_t>() ||
+            (blocks.shape(1) > 1 && blocks.stride(1) != 1)) {
+            fail(std::string(name) + " must be [B, width] int32 with contiguous rows, got " +
+                 shape_of(blocks));
+        }
+        if (block_size < 1 || (is_ring && (sink < 0 || recent < 1 || ring < recent))) {
+            fail(std::string(name) + " has block size " + text(block_size) + ", sink " +
+                 text(sink) + ", recent " + text(recent) + ", ring " + text(ring) +
+                 ": the block size and recent must be positive, the ring at least recent");
+        }
+        table = {static_cast<const int32_t*>(blocks.data()), blocks.stride(0),
+                 static_cast<int64_t>(blocks.shape(0)), static_cast<int64_t>(blocks.shape(1)),
+                 block_size};
+    }
+
+    // Slots that a request of so many tokens uses.
+    int64_t slots(int64_t tokens) const { return is_ring ? std::min(tokens, sink + ring) : tokens; }
+};
+
+struct Copies {
+    std::vector<Tensor> tensors;  // keep the memory
+    std::vector<SnapshotCopy> copies;
+
+    void add(bool store, int row, int64_t num_tokens, Tensor blocks) {
+        if (blocks.ndim() != 1 || blocks.dtype() != nb::dtype<int64_t>() ||
+            (blocks.shape(0) > 1 && blocks.stride(0) != 1)) {
+            fail("a snapshot's blocks must be [n] int64, got " + shape_of(blocks));
+        }
+        tensors.push_back(blocks);
+        copies.push_back({store, row, num_tokens, static_cast<const int64_t*>(blocks.data()),
+                          static_cast<int64_t>(blocks.shape(0))});
+    }
+};
+
+Rows rows_of(const char* name, const Tensor& tensor) {
+    if (tensor.ndim() != 3 || tensor.stride(2) != 1) {
+        fail(std::string(name) + " must be [T, H, D] with a contiguous last dimension, got " +
+             shape_of(tensor) + ": pass a contiguous tensor");
+    }
+    return {const_cast<char*>(static_cast<const char*>(tensor.data())), tensor.stride(0),
+            tensor.stride(1)};
+}
+
+Cache cache_of(const char* name, const Tensor& tensor, const Tensor& key, int64_t heads,
+               int64_t block_size) {
+    const auto head_size = static_cast<int64_t>(key.shape(2));
+    if (tensor.ndim() != 4 || static_cast<int64_t>(tensor.shape(1)) != heads ||
+        static_cast<int64_t>(tensor.shape(2)) != block_size ||
+        static_cast<int64_t>(tensor.shape(3)) != 2 * head_size || tensor.stride(3) != 1 ||
+        tensor.dtype() != key.dtype()) {
+        fail(std::string(name) + " cache must be [N, " + text(heads) + ", " + text(block_size) +
+             ", " + text(2 * head_size) +
+             "] of the key's dtype with a contiguous last dimension, "
+             "got " +
+             shape_of(tensor));
+    }
+    return {const_cast<char*>(static_cast<const char*>(tensor.data())), tensor.stride(0),
+            tensor.stride(1), tensor.stride(2), static_cast<int64_t>(tensor.shape(0))};
+}
+
+void check_table(const char* name, const HeadClass& heads, const BlockTable& blocks,
+                 const Batch& batch, bool entries) {
+    const Table& table = heads.table;
+    const auto num_requests = static_cast<int64_t>(batch.requests.size());
+    if (table.num_rows < num_requests) {
+        fail(std::string(name) + " block table has " + text(table.num_rows) +
+             " rows, the batch has " + text(num_requests) + " requests");
+    }
+    for (int64_t row = 0; row < num_requests; ++row) {
+        const Request& request = batch.requests[row];
+        if (request.length == 0) continue;
+        const int64_t slots = blocks.slots(request.context + request.length);
+        const int64_t used = (slots + table.block_size - 1) / table.block_size;
+        if (used > table.width) {
+            fail(std::string(name) + " block table has " + text(table.width) +
+                 " columns, request " + text(row) + " needs " + text(used));
+        }
+        if (!entries) continue;
+        for (int64_t column = 0; column < used; ++column) {
+            const int32_t block = table.blocks[row * table.row_stride + column];
+            if (block < 1 || block >= heads.cache.num_blocks) {
+                fail(std::string(name) + " block table has block " + text(block) + " at row " +
+                     text(row) + ", column " + text(column) + ": blocks are 1 to " +
+                     text(heads.cache.num_blocks - 1) + ", 0 is the null block");
+            }
+        }
+    }
+}
+
+// Fills in a class; nothing where the layer has no head of it.
+void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& heads, nb::object cache,
+               const BlockTable* blocks, const Tensor& key, const Batch& batch, bool check) {
+    if (heads.empty()) return;
+    if (cache.is_none() || !blocks) {
+        fail("the layer has " + text(static_cast<int64_t>(heads.size())) + " " + name +
+             " heads and no " + name + " cache");
+    }
+    to.cache = cache_of(name, nb::cast<Tensor>(cache), key, static_cast<int64_t>(heads.size()),
+                        blocks->table.block_size);
+    to.table = blocks->table;
+    to.heads = heads.data();
+    to.num_heads = static_cast<int>(heads.size());
+    to.is_ring = blocks->is_ring;
+    to.sink = blocks->sink;
+    to.recent = blocks->recent;
+    to.ring = blocks->ring;
+    check_table(name, to, *blocks, batch, check);
+}
+
+void check_activations(const Tensor& key, const Tensor& value, const Heads& heads,
+                       const Batch& batch) {
+    if (key.ndim() != 3 || value.ndim() != 3 || key.dtype() != value.dtype() ||
+        key.shape(0) != value.shape(0) || key.shape(1) != value.shape(1) ||
+        key.shape(2) != value.shape(2)) {
+        fail("key and value must be [T, Hkv, D] of one dtype, got " + shape_of(key) + " and " +
+             shape_of(value));
+    }
+    const auto kv_heads = static_cast<int64_t>(key.shape(1));
+    if (kv_heads != heads.total()) {
+        fail("key has " + text(kv_heads) + " KV heads, the head map " + text(heads.total()));
+    }
+    if (static_cast<int64_t>(key.shape(0)) < batch.num_tokens) {
+        fail("key has " + text(static_cast<int64_t>(key.shape(0))) + " tokens, the batch needs " +
+             text(batch.num_tokens));
+    }
+    const size_t head_size = key.shape(2);
+    if (head_size == 0 || head_size % 16 || head_size > 512) {
+        fail("the head size must be a multiple of 16 up to 512 for the CPU kernels, got " +
+             text(static_cast<int64_t>(head_size)));
+    }
+}
+
+void set_queries(LayerStep& step, const Tensor& query, const Tensor& output, const Tensor& key) {
+    const auto kv_heads = static_cast<int64_t>(key.shape(1));
+    step.query = rows_of("query", query);
+    step.output = rows_of("output", output);
+    if (query.shape(0) != key.shape(0) || query.shape(2) != key.shape(2)) {
+        fail("query must be [T, Hq, D] for key " + shape_of(key) + ", got " + shape_of(query));
+    }
+    const auto heads = static_cast<int64_t>(query.shape(1));
+    if (kv_heads == 0 || heads == 0 || heads % kv_heads) {
+        fail("query has " + text(heads) + " heads, not a multiple of " + text(kv_heads) +
+             " KV heads");
+    }
+    if (query.dtype() != key.dtype() || output.dtype() != key.dtype() ||
+        output.shape(0) != query.shape(0) || output.shape(1) != query.shape(1) ||
+        output.shape(2) != query.shape(2)) {
+        fail("output and query must have one shape and the key's dtype, got " + shape_of(output) +
+             " and " + shape_of(query));
+    }
+    step.group = static_cast<int>(heads / kv_heads);
+}
+
+const Kernels* chosen = nullptr;
+
+void run(unsigned phases, const Batch& batch, const Heads& heads, nb::object query, Tensor key,
+         Tensor value, nb::object output, float scale, int first, int last, nb::object retrieval,
+         const BlockTable* paged, nb::object streaming, const BlockTable* ring,
+         const Copies* copies, bool check) {
+    check_activations(key, value, heads, batch);
+    LayerStep step{};
+    step.dtype = dtype_of("key", key);
+    step.head_size = static_cast<int>(key.shape(2));
+    step.key = rows_of("key", key);
+    step.value = rows_of("value", value);
+    step.scale = scale;
+    step.requests = batch.requests.data();
+    step.num_requests = static_cast<int>(batch.requests.size());
+    set_class("retrieval", step.classes[0], heads.classes[0], retrieval, paged, key, batch, check);
+    set_class("streaming", step.classes[1], heads.classes[1], streaming, ring, key, batch, check);
+    if (phases & ATTEND) {
+        set_queries(step, nb::cast<Tensor>(query), nb::cast<Tensor>(output), key);
+        if (first < 0 || first > last || last > step.num_requests) {
+            fail("requests " + text(first) + " to " + text(last) + " of a batch of " +
+                 text(step.num_requests));
+        }
+    }
+    static const std::vector<SnapshotCopy> none;
+    const auto& list = copies ? copies->copies : none;
+    if (!chosen) chosen = &best_kernels();
+    const nb::gil_scoped_release released;
+    run_step(step, *chosen, phases, first, last, list);
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Variant& variant : variants()) {
+        if (variant.supported) names.emplace_back(variant.kernels->name);
+    }
+    return names;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, module) {
+    nb::class_<Heads>(module, "Heads")
+        .def(nb::init<const std::vector<int32_t>&, const std::vector<int32_t>&>());
+    nb::class_<Batch>(module, "Batch")
+        .def(nb::init<const std::vector<int64_t>&, const std::vector<int64_t>&>());
+    nb::class_<BlockTable>(module, "BlockTable")
+        .def(nb::init<Tensor, int64_t, bool, int64_t, int64_t, int64_t>());
+    nb::class_<Copies>(module, "Copies").def(nb::init<>()).def("add", &Copies::add);
+    module.attr("WRITE_RETRIEVAL") = static_cast<unsigned>(WRITE_RETRIEVAL);
+    module.attr("COPY_SNAPSHOTS") = static_cast<unsigned>(COPY_SNAPSHOTS);
+    module.attr("ATTEND") = static_cast<unsigned>(ATTEND);
+    module.attr("WRITE_STREAMING") = static_cast<unsigned>(WRITE_STREAMING);
+    module.def("run", &run, nb::arg("phases"), nb::arg("batch"), nb::arg("heads"),
+               nb::arg("query").none(), nb::arg("key"), nb::arg("value"), nb::arg("output").none(),
+               nb::arg("scale"), nb::arg("first"), nb::arg("last"), nb::arg("retrieval").none(),
+               nb::arg("paged").none(), nb::arg("streaming").none(), nb::arg("ring").none(),
+               nb::arg("copies").none(), nb::arg("check"));
+    module.def("isa", [] { return std::string(chosen ? chosen->name : best_kernels().name); });
+    module.def("force_isa", [](const std::string& name) { chosen = &kernels_named(name); });
+    module.def("supported_isas", &supported_isas);
+    module.def("max_threads", &max_threads);
+    module.def("openmp_library", [] { return std::string(openmp_library()); });
+}
+
+}  // namespace duo

@@ -1,0 +1,92 @@
+// Plain data that the kernels, the planner and the binding share. No Python, no framework.
+//
+// Dimension letters: T tokens, B requests, Hq query heads, Hkv KV heads, D head size, N blocks,
+// P tokens per block. Strides are in elements of the tensors' dtype.
+#pragma once
+
+#include <cstdint>
+
+// Headers that variants of the kernels include define nothing that the linker could merge: the copy
+// it keeps might use instructions of a variant that the machine lacks.
+#define DUO_ALWAYS_INLINE static inline __attribute__((always_inline))
+
+namespace duo {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+// [T, H, D] activations, last dimension contiguous.
+struct Rows {
+    char* data = nullptr;
+    int64_t token_stride = 0;
+    int64_t head_stride = 0;
+};
+
+// [N, H, P, 2 * D], keys in the first D elements, last dimension contiguous.
+struct Cache {
+    char* data = nullptr;
+    int64_t block_stride = 0;
+    int64_t head_stride = 0;
+    int64_t slot_stride = 0;
+    int64_t num_blocks = 0;
+};
+
+// [B, width] int32 block ids; 0 is the null block.
+struct Table {
+    const int32_t* blocks = nullptr;
+    int64_t row_stride = 0;
+    int64_t num_rows = 0;
+    int64_t width = 0;
+    int64_t block_size = 0;
+};
+
+// One request of the step: its context lies in the caches, its chunk in the activations.
+struct Request {
+    int64_t first_token;  // of the chunk, in the flat token order
+    int64_t length;       // of the chunk, in tokens
+    int64_t context;      // tokens before the chunk
+};
+
+// One class of KV heads of a layer. With `is_ring`, a query at position i sees key j iff j <= i and
+// (j < sink or j > i - recent), and position p >= sink lives in slot sink + (p - sink) % ring;
+// otherwise it sees all j <= i, and position p lives in slot p.
+struct HeadClass {
+    Cache cache;
+    Table table;
+    const int32_t* heads = nullptr;  // KV heads of the layer, ascending
+    int num_heads = 0;
+    bool is_ring = false;
+    int64_t sink = 0;
+    int64_t recent = 0;
+    int64_t ring = 0;
+};
+
+// One layer's work in one step.
+struct LayerStep {
+    Dtype dtype;
+    int head_size;
+    int group;  // query heads of a KV head
+    Rows query, key, value, output;
+    float scale;
+    const Request* requests;
+    int num_requests;
+    HeadClass classes[2];
+};
+
+DUO_ALWAYS_INLINE constexpr int64_t element_bytes(Dtype dtype) {
+    return dtype == Dtype::f32 ? 4 : 2;
+}
+
+// A piece of attention that one thread computes alone.
+struct Item {
+    int32_t request;
+    int16_t head_class;
+    int16_t head;   // index within the class
+    int64_t begin;  // decode: visible keys; prefill: tokens of the chunk
+    int64_t end;
+    float* partial;      // decode: where an item that is one of several leaves its result
+    int32_t first_item;  // of the same request and head
+    int32_t num_items;   // of the same request and head
+    int64_t cost;        // relative
+};
+
+}  // namespace duo

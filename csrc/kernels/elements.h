@@ -1,0 +1,155 @@
+// Cache elements to floats and back, two vectors at a time.
+//
+// A *chunk* is 2 * LANES consecutive elements, held as two vectors. For bf16 these are the even and
+// the odd elements: two instructions turn one load into both. The order within a chunk is therefore
+// the dtype's own ("chunk order"); queries, keys, values and sums all use it and only store_chunk
+// undoes it, so nobody ever needs to know it.
+#pragma once
+
+#include "vec.h"
+
+namespace duo {
+namespace {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+constexpr int CHUNK = 2 * LANES;
+
+struct Chunk {
+    Vec a, b;
+};
+
+// Head sizes are multiples of 16 elements, so that a last chunk is full or, with 16 lanes, half.
+constexpr bool HAS_HALF_CHUNKS = CHUNK > 16;
+
+DUO_INLINE Vec half_to_float(VecHalf h) {
+#if DUO_LANES == 16 && defined(__AVX512F__)
+    return _mm512_cvtph_ps((__m256i)h);
+#elif DUO_LANES == 8 && defined(__F16C__)
+    return _mm256_cvtph_ps((__m128i)h);
+#else
+    const VecBits x = __builtin_convertvector(h, VecBits);
+    const VecBits magnitude = (x & 0x7fffu) << 13;
+    // The exponent's bias differs by 112; multiplying also makes subnormal halves normal.
+    VecBits bits = (VecBits)((Vec)magnitude * 0x1p112f);
+    bits |= (VecBits)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinities and NaN
+    return (Vec)(bits | (x & 0x8000u) << 16);
+#endif
+}
+
+DUO_INLINE VecHalf float_to_half(Vec v) {
+#if DUO_LANES == 16 && defined(__AVX512F__)
+    return (VecHalf)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif DUO_LANES == 8 && defined(__F16C__)
+    return (VecHalf)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const VecBits bits = (VecBits)v;
+    const VecBits sign = bits & 0x80000000u;
+    const VecBits magnitude = bits ^ sign;
+    // Rounded to nearest even by hand; subnormal halves by an addition that aligns their last bit.
+    const VecBits odd = (magnitude >> 13) & 1u;
+    const VecBits normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
+    const VecBits subnormal = (VecBits)((Vec)magnitude + 0.5f) - 0x3f000000u;
+    VecBits half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x47800000u ? VecBits{} + 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? VecBits{} + 0x7e00u : half;
+    return __builtin_convertvector(half | sign >> 16, VecHalf);
+#endif
+}
+
+DUO_INLINE Chunk split_bfloats(VecBits pairs) {
+    return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
+}
+
+// Rounded to nearest even, in the upper 16 bits.
+DUO_INLINE VecBits round_to_bfloat(Vec v) {
+    const VecBits bits = (VecBits)v;
+    const VecBits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const VecBits nan = (VecBits)(v != v);
+    return (rounded & ~nan) | (nan & 0x7fc00000u);
+}
+
+DUO_INLINE Chunk load_chunk(const float* from) { return {load(from), load(from + LANES)}; }
+
+DUO_INLINE Chunk load_chunk(const BFloat16* from) {
+    return split_bfloats(*reinterpret_cast<const VecBitsAny*>(from));
+}
+
+DUO_INLINE Chunk load_chunk(const Float16* from) {
+    return {half_to_float(*reinterpret_cast<const VecHalfAny*>(from)),
+            half_to_float(*reinterpret_cast<const VecHalfAny*>(from + LANES))};
+}
+
+DUO_INLINE void store_chunk(float* to, Chunk c) {
+    store(to, c.a);
+    store(to + LANES, c.b);
+}
+
+DUO_INLINE void store_chunk(BFloat16* to, Chunk c) {
+    *reinterpret_cast<VecBitsAny*>(to) =
+        (round_to_bfloat(c.b) & 0xffff0000u) | (round_to_bfloat(c.a) >> 16);
+}
+
+DUO_INLINE void store_chunk(Float16* to, Chunk c) {
+    *reinterpret_cast<VecHalfAny*>(to) = float_to_half(c.a);
+    *reinterpret_cast<VecHalfAny*>(to + LANES) = float_to_half(c.b);
+}
+
+// The first half of a chunk's elements; the others are 0 (load) or left alone (store).
+template <typename T>
+DUO_INLINE Chunk load_half_chunk(const T* from) {
+    T padded[CHUNK] = {};
+    std::memcpy(padded, from, LANES * sizeof(T));
+    return load_chunk(padded);
+}
+
+template <typename T>
+DUO_INLINE void store_half_chunk(T* to, Chunk c) {
+    T padded[CHUNK];
+    store_chunk(padded, c);
+    std::memcpy(to, padded, LANES * sizeof(T));
+}
+
+// Chunks of a head: `full` ones, and perhaps a half one.
+struct HeadChunks {
+    int full;
+    bool half;
+    int all() const { return full + half; }
+    int padded() const { return all() * CHUNK; }  // floats of a row in chunk order
+};
+
+DUO_INLINE HeadChunks head_chunks(int head_size) {
+    return {head_size / CHUNK, HAS_HALF_CHUNKS && head_size % CHUNK != 0};
+}
+
+// One row to floats in chunk order, times `factor`.
+template <typename T>
+DUO_INLINE void load_row(const T* from, HeadChunks chunks, float factor, float* to) {
+    for (int c = 0; c < chunks.all(); ++c) {
+        const T* at = from + c * CHUNK;
+        const Chunk x = c < chunks.full ? load_chunk(at) : load_half_chunk(at);
+        store(to + c * CHUNK, x.a * factor);
+        store(to + c * CHUNK + LANES, x.b * factor);
+    }
+}
+
+// One row of floats in chunk order, times `factor`, to the output.
+template <typename T>
+DUO_INLINE void store_row(const float* from, HeadChunks chunks, float factor, T* to) {
+    for (int c = 0; c < chunks.all(); ++c) {
+        const Chunk x{load(from + c * CHUNK) * factor, load(from + c * CHUNK + LANES) * factor};
+        if (c < chunks.full) {
+            store_chunk(to + c * CHUNK, x);
+        } else {
+            store_half_chunk(to + c * CHUNK, x);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace duo

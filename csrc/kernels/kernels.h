@@ -1,0 +1,20 @@
+// What each compiled variant of the kernels offers.
+#pragma once
+
+#include "../common.h"
+
+namespace duo {
+
+struct Kernels {
+    const char* name;
+    // Computes an item; `scratch` holds scratch_floats(...) floats, aligned to 64 bytes.
+    void (*decode)(const LayerStep& step, const Item& item, float* scratch);
+    void (*prefill)(const LayerStep& step, const Item& item, float* scratch);
+    // Merges the partial results of one request and head into the output.
+    void (*merge)(const LayerStep& step, const Item* items, int count);
+    int64_t (*decode_scratch_floats)(int64_t rows, int head_size);
+    int64_t (*prefill_scratch_floats)(int64_t rows, int head_size);
+    int64_t (*partial_floats)(int64_t rows, int head_size);
+};
+
+}  // namespace duo

@@ -1,0 +1,136 @@
+// A small vector of floats, in the compiler's own vector extensions: one source for every width.
+//
+// DUO_LANES floats make a vector. Where the machine's registers are narrower the compiler splits
+// it, so the code of a wide variant also runs (slowly) on a narrow machine.
+//
+// Everything here lives in an unnamed namespace and nothing comes from the standard library's
+// templates: a function that is compiled with one variant's instructions must never be the copy
+// that the linker keeps for the others.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#define DUO_INLINE inline __attribute__((always_inline))
+
+namespace duo {
+namespace {
+
+constexpr int LANES = DUO_LANES;
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
+typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
+typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
+typedef float VecAny __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t VecBitsAny __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
+typedef uint16_t VecHalfAny __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+DUO_INLINE Vec load(const float* from) { return *reinterpret_cast<const VecAny*>(from); }
+DUO_INLINE void store(float* to, Vec v) { *reinterpret_cast<VecAny*>(to) = v; }
+DUO_INLINE Vec broadcast(float x) { return Vec{} + x; }
+
+DUO_INLINE Vec max(Vec a, Vec b) {
+#if DUO_LANES == 16 && defined(__AVX512F__)
+    return _mm512_max_ps(a, b);
+#elif DUO_LANES == 8 && defined(__AVX__)
+    return _mm256_max_ps(a, b);
+#elif DUO_LANES == 4 && defined(__SSE2__)
+    return _mm_max_ps(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// Indices 0 ... N-1 as a pack, without <utility>.
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+    using type = Indices<I...>;
+};
+using Lanes = MakeIndices<LANES>::type;
+
+// Of each pair of runs of H lanes: `a`'s and `b`'s first runs (Second: second runs), side by side.
+template <int H, bool Second, int... I>
+DUO_INLINE Vec zip_runs(Vec a, Vec b, Indices<I...>) {
+    return __builtin_shufflevector(
+        a, b, ((I & H) ? LANES + (I & ~H) + (Second ? H : 0) : I + (Second ? H : 0))...);
+}
+
+template <int H, int Count>
+DUO_INLINE void reduce_stage(Vec* v) {
+    // v[i] and v[i + Count / 2] become one vector with half as many partial sums of each.
+    constexpr int half = Count / 2;
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) {
+        v[i] = zip_runs<H, false>(v[i], v[i + half], Lanes{}) +
+               zip_runs<H, true>(v[i], v[i + half], Lanes{});
+    }
+    if constexpr (half > 1) reduce_stage<H / 2, half>(v);
+}
+
+// Lane i of the result is the sum of v[i]'s lanes, for LANES vectors.
+DUO_INLINE Vec sum_each(Vec* v) {
+    reduce_stage<LANES / 2, LANES>(v);
+    return v[0];
+}
+
+template <int H>
+DUO_INLINE void transpose_stage(Vec* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+        if (i & H) continue;
+        const Vec first = zip_runs<H, false>(v[i], v[i + H], Lanes{});
+        v[i + H] = zip_runs<H, true>(v[i], v[i + H], Lanes{});
+        v[i] = first;
+    }
+    if constexpr (H > 1) transpose_stage<H / 2>(v);
+}
+
+// Transposes LANES x LANES floats in place.
+DUO_INLINE void transpose(Vec* v) { transpose_stage<LANES / 2>(v); }
+
+DUO_INLINE float sum(Vec v) {
+    float total = 0;
+#pragma GCC unroll 16
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) v[i] += v[i + half];
+    }
+    total += v[0];
+    return total;
+}
+
+DUO_INLINE float max_lane(Vec v) {
+#pragma GCC unroll 16
+    for (int half = LANES / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+    }
+    return v[0];
+}
+
+// 2 ** x for x <= 0, exactly 0 below -126 and for -inf. Cephes' polynomial on [-1/2, 1/2].
+DUO_INLINE Vec exp2_nonpositive(Vec x) {
+    const Vec shift = broadcast(12582912.0f);  // 1.5 * 2 ** 23: adding it rounds to an integer
+    const Vec shifted = x + shift;
+    const Vec f = x - (shifted - shift);
+    Vec p = broadcast(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    // The integer stands in the low bits of `shifted`; moved to the exponent it scales by 2 ** n.
+    const VecInt scaled = (VecInt)p + ((VecInt)shifted << 23);
+    return (Vec)(scaled & (x > -126.0f));
+}
+
+}  // namespace
+}  // namespace duo

@@ -1,0 +1,64 @@
+#include "step.h"
+
+#include <algorithm>
+
+#include "plan.h"
+#include "threads.h"
+
+namespace duo {
+namespace {
+
+// Bytes (or as costly work) below which a further thread costs more than it saves.
+constexpr int64_t BYTES_PER_THREAD = 128 << 10;
+
+int threads_for(int64_t bytes) {
+    const int64_t useful = bytes / BYTES_PER_THREAD;
+    return useful <= 1 ? 1 : static_cast<int>(std::min<int64_t>(useful, max_threads()));
+}
+
+void write(const LayerStep& step, const HeadClass& heads) {
+    if (heads.num_heads == 0 || step.num_requests == 0) return;
+    const Request& end = step.requests[step.num_requests - 1];
+    const int64_t tokens = end.first_token + end.length;
+    const int64_t token_bytes = 2 * step.head_size * element_bytes(step.dtype) * heads.num_heads;
+    const int threads = threads_for(tokens * token_bytes);
+    parallel(threads, [&](int thread) {
+        write_tokens(step, heads, tokens * thread / threads, tokens * (thread + 1) / threads);
+    });
+}
+
+void copy_all(const LayerStep& step, const std::vector<SnapshotCopy>& copies) {
+    const HeadClass& heads = step.classes[1];
+    if (copies.empty() || heads.num_heads == 0) return;
+    const int threads = std::min(max_threads(), heads.num_heads);
+    parallel(threads, [&](int thread) {
+        const int first = heads.num_heads * thread / threads;
+        const int last = heads.num_heads * (thread + 1) / threads;
+        for (const SnapshotCopy& copy : copies) copy_snapshot(step, heads, copy, first, last);
+    });
+}
+
+void attend(const LayerStep& step, const Kernels& kernels, int first, int last) {
+    // Of the calling thread: two threads may serve two engines of one process.
+    thread_local Plan plan;
+    thread_local Scratch scratch;
+    plan.make(step, kernels, first, last);
+    if (plan.cost() == 0) return;
+    const int threads = threads_for(plan.cost());
+    const int64_t floats = (plan.thread_floats() + 15) / 16 * 16;
+    float* base = scratch.floats(floats * threads);
+    Plan& shared = plan;
+    parallel(threads, [&](int thread) { shared.work(step, kernels, base + floats * thread); });
+}
+
+}  // namespace
+
+void run_step(const LayerStep& step, const Kernels& kernels, unsigned phases, int first, int last,
+              const std::vector<SnapshotCopy>& copies) {
+    if (phases & WRITE_RETRIEVAL) write(step, step.classes[0]);
+    if (phases & COPY_SNAPSHOTS) copy_all(step, copies);
+    if (phases & ATTEND) attend(step, kernels, first, last);
+    if (phases & WRITE_STREAMING) write(step, step.classes[1]);
+}
+
+}  // namespace duo

@@ -1,0 +1,115 @@
+"""What the compiled module answers to wrong input, and how its variants are chosen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.ops.oracle import Store
+from vllm_duo.ops import cpu
+from vllm_duo.ops.batch import Batch, LayerCaches, PagedTable
+from vllm_duo.ops.layer import attend_and_write
+
+
+@pytest.fixture
+def implementation(monkeypatch):
+    """One variant is enough for checks that all share."""
+    monkeypatch.setattr(cpu, "use_reference", False)
+
+
+def step(**changes):
+    store = Store([True, False], 32, requests=1, max_tokens=40, seed=40)
+    tensors = {
+        "query": torch.zeros(12, 4, 32),
+        "key": torch.zeros(12, 2, 32),
+        "value": torch.zeros(12, 2, 32),
+        "output": torch.zeros(12, 4, 32),
+        "caches": store.caches,
+        **changes,
+    }
+    batch = Batch.from_host(np.array([0, 12]), np.array([12]), 0)
+    attend_and_write(
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        store.heads,
+        tensors["caches"],
+        batch,
+        1.0,
+        tensors["output"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": torch.zeros(11, 2, 32), "value": torch.zeros(11, 2, 32)}, "key has 11 tokens"),
+        ({"value": torch.zeros(12, 2, 16)}, "key and value must be"),
+        ({"query": torch.zeros(12, 3, 32)}, "query has 3 heads, not a multiple of 2"),
+        ({"output": torch.zeros(12, 4, 32).bfloat16()}, "output and query must have one shape"),
+        ({"query": torch.zeros(12, 4, 64)[..., ::2]}, "query must be .* contiguous last dim"),
+        ({"caches": LayerCaches()}, "1 retrieval heads and no retrieval cache"),
+        (
+            {"key": torch.zeros(12, 2, 32).double(), "value": torch.zeros(12, 2, 32).double()},
+            "VLLM_DUO_OPS=reference",
+        ),
+    ],
+)
+def test_wrong_input_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        step(**changes)
+
+
+def test_narrow_table_is_named():
+    store = Store([True, False], 32, requests=1, max_tokens=40, seed=41)
+    paged = PagedTable(store.paged.block_table[:, :0], 16)
+    caches = LayerCaches(store.caches.retrieval, paged, store.caches.streaming, store.ring)
+    with pytest.raises(ValueError, match="retrieval block table has 0 columns, request 0 needs 1"):
+        step(caches=caches)
+
+
+def test_null_block_is_named_in_full_checks(monkeypatch):
+    monkeypatch.setattr(cpu, "FULL_CHECKS", True)
+    store = Store([True, False], 32, requests=1, max_tokens=40, seed=42)
+    paged = PagedTable(torch.zeros_like(store.paged.block_table), 16)
+    caches = LayerCaches(store.caches.retrieval, paged, store.caches.streaming, store.ring)
+    with pytest.raises(ValueError, match="has block 0 at row 0, column 0"):
+        step(caches=caches)
+
+
+def test_unknown_variant_lists_the_known_ones():
+    with pytest.raises(RuntimeError, match="unknown: use one of portable"):
+        cpu.force_isa("mmx")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_result_does_not_depend_on_threads(threads):
+    generator = torch.Generator().manual_seed(43)
+    store = Store([True, False], 64, requests=1, max_tokens=5000, seed=44)
+    store.caches.retrieval.copy_(torch.randn(store.caches.retrieval.shape, generator=generator))
+    store.caches.streaming.copy_(torch.randn(store.caches.streaming.shape, generator=generator))
+    q, k, v = (torch.randn(1, heads, 64, generator=generator) for heads in (8, 2, 2))
+    batch = Batch.from_host(np.array([0, 1]), np.array([5000]), 1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            output = torch.full_like(q, torch.nan)
+            attend_and_write(q, k, v, store.heads, store.caches, batch, 0.125, output)
+            results.append(output)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+def test_environment_forces_a_variant():
+    command = [sys.executable, "-c", "from vllm_duo.ops import cpu; print(cpu.describe())"]
+    environment = {**os.environ, "VLLM_DUO_CPU_ISA": "portable"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("CPU kernels portable, ")

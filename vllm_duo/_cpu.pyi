@@ -1,0 +1,52 @@
+"""The compiled module of ``csrc/binding.cpp``; ``vllm_duo.ops.cpu`` is its only caller."""
+
+import torch
+
+WRITE_RETRIEVAL: int
+COPY_SNAPSHOTS: int
+ATTEND: int
+WRITE_STREAMING: int
+
+class Heads:
+    def __init__(self, retrieval: list[int], streaming: list[int]) -> None: ...
+
+class Batch:
+    def __init__(self, query_start_loc: list[int], seq_lens: list[int]) -> None: ...
+
+class BlockTable:
+    def __init__(
+        self,
+        blocks: torch.Tensor,
+        block_size: int,
+        is_ring: bool,
+        sink: int,
+        recent: int,
+        ring: int,
+    ) -> None: ...
+
+class Copies:
+    def add(self, store: bool, row: int, num_tokens: int, blocks: torch.Tensor) -> None: ...
+
+def run(
+    phases: int,
+    batch: Batch,
+    heads: Heads,
+    query: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor | None,
+    scale: float,
+    first: int,
+    last: int,
+    retrieval: torch.Tensor | None,
+    paged: BlockTable | None,
+    streaming: torch.Tensor | None,
+    ring: BlockTable | None,
+    copies: Copies | None,
+    check: bool,
+) -> None: ...
+def isa() -> str: ...
+def force_isa(name: str) -> None: ...
+def supported_isas() -> list[str]: ...
+def max_threads() -> int: ...
+def openmp_library() -> str: ...

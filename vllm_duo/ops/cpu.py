@@ -1,0 +1,150 @@
+"""The compiled CPU kernels behind every operator, and the choice between them and the references.
+
+Tensors on the CPU run the kernels of ``csrc/``, those on another device the PyTorch references.
+``VLLM_DUO_OPS=reference`` selects the references everywhere, ``VLLM_DUO_CPU_ISA`` a lesser variant of
+the kernels. Nothing falls back by itself: a missing compiled module is an error on import.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import torch
+
+from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
+from vllm_duo.ops.validate import FULL_CHECKS
+
+try:
+    from vllm_duo import _cpu
+except ImportError as error:
+    raise ImportError(
+        "vllm-duo's compiled kernels (vllm_duo._cpu) are missing or do not load "
+        f"({error}): install the package again (pip install vllm-duo, or make setup in a checkout)"
+    ) from error
+
+WRITE_RETRIEVAL: int = _cpu.WRITE_RETRIEVAL
+COPY_SNAPSHOTS: int = _cpu.COPY_SNAPSHOTS
+ATTEND: int = _cpu.ATTEND
+WRITE_STREAMING: int = _cpu.WRITE_STREAMING
+
+use_reference = os.environ.get("VLLM_DUO_OPS", "kernels") == "reference"
+"""Whether CPU tensors run the references too; read at import, and set by tests."""
+
+_heads: weakref.WeakKeyDictionary[HeadMap, _cpu.Heads] = weakref.WeakKeyDictionary()
+
+
+def runs(tensor: torch.Tensor) -> bool:
+    """Whether the compiled kernels serve this tensor."""
+    return tensor.is_cpu and not use_reference
+
+
+def run(
+    phases: int,
+    query: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: HeadMap,
+    caches: LayerCaches,
+    batch: Batch,
+    *,
+    scale: float = 1.0,
+    output: torch.Tensor | None = None,
+    requests: tuple[int, int] = (0, 0),
+) -> None:
+    """Run some phases of a layer's step in one call, in the order in which they must run.
+
+    Args:
+        phases: sum of ``WRITE_RETRIEVAL``, ``COPY_SNAPSHOTS``, ``ATTEND`` and ``WRITE_STREAMING``.
+        query: [T, Hq, D] fp32/bf16/fp16; None without ``ATTEND``.
+        key: [T, Hkv, D] of the query's dtype.
+        value: [T, Hkv, D] of the query's dtype.
+        heads: the layer's head classes.
+        caches: mutated in place by the writing phases.
+        batch: the step's requests.
+        scale: factor on the logits.
+        output: [T, Hq, D], mutated in place; None without ``ATTEND``.
+        requests: first and one past the last request that attends.
+
+    Raises:
+        ValueError: shapes, dtypes, strides or tables disagree.
+    """
+    native_heads = _heads.get(heads)
+    if native_heads is None:
+        native_heads = _cpu.Heads(heads.retrieval.tolist(), heads.streaming.tolist())
+        _heads[heads] = native_heads
+    native_batch = batch.memo(
+        "native",
+        lambda: _cpu.Batch(batch.host_query_start_loc.tolist(), batch.host_seq_lens.tolist()),
+    )
+    paged, ring = caches.paged, caches.ring
+    _cpu.run(
+        phases,
+        native_batch,
+        native_heads,
+        query,
+        key,
+        value,
+        output,
+        scale,
+        *requests,
+        caches.retrieval,
+        None if paged is None else batch.memo(("native", paged), lambda: _paged_table(paged)),
+        caches.streaming,
+        None if ring is None else batch.memo(("native", ring), lambda: _ring_table(ring)),
+        None
+        if ring is None or not ring.copies
+        else batch.memo(("copies", ring), lambda: _copies(ring)),
+        FULL_CHECKS,
+    )
+
+
+def describe() -> str:
+    """The variant of the kernels and the threads, for people."""
+    library = os.path.basename(_cpu.openmp_library()) or "no OpenMP runtime"
+    if use_reference:
+        return "PyTorch references (VLLM_DUO_OPS=reference)"
+    return f"CPU kernels {_cpu.isa()}, {_cpu.max_threads()} threads of {library}"
+
+
+def supported_isas() -> list[str]:
+    """Variants of the kernels that run on this machine, least demanding first."""
+    names: list[str] = _cpu.supported_isas()
+    return names
+
+
+def force_isa(name: str) -> None:
+    """Run another variant from now on; for tests and benchmarks.
+
+    Raises:
+        RuntimeError: the variant is unknown or this machine lacks its instructions.
+    """
+    _cpu.force_isa(name)
+
+
+def isa() -> str:
+    """Name of the variant that runs."""
+    name: str = _cpu.isa()
+    return name
+
+
+def _paged_table(table: PagedTable) -> _cpu.BlockTable:
+    return _cpu.BlockTable(table.block_table, table.block_size, False, 0, 0, 0)
+
+
+def _ring_table(table: RingTable) -> _cpu.BlockTable:
+    return _cpu.BlockTable(
+        table.block_table,
+        table.block_size,
+        True,
+        table.sink_size,
+        table.recent_size,
+        table.ring_size,
+    )
+
+
+def _copies(ring: RingTable) -> _cpu.Copies:
+    copies = _cpu.Copies()
+    for copy in ring.copies:
+        copies.add(copy.store, copy.row, copy.num_tokens, copy.blocks)
+    return copies
