@@ -32,7 +32,7 @@ class Command:
 
 COMMANDS = {
     "plan": Command("vllm_duo.cli.plan", "What a server would hold, from config.json alone."),
-    "patterns": Command("vllm_duo.cli.patterns", "List the head patterns that ship."),
+    "patterns": Command("vllm_duo.cli.patterns", "List, show, compare and check head patterns."),
 }
 
 

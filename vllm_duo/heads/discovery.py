@@ -47,13 +47,21 @@ def find_pattern(
     Raises:
         ValueError: no pattern is found, it cannot be read, or its shape is not the model's.
     """
-    folder = _default_folder(model) if pattern is None else _named_folder(pattern)
+    folder = _default_folder(model) if pattern is None else pattern_folder(pattern)
     found = HeadPattern.load(folder)
     found.validate_for(num_layers, num_kv_heads, model)
     return found
 
 
-def _named_folder(pattern: str) -> Path:
+def pattern_folder(pattern: str) -> Path:
+    """The folder that a user names: an existing one, else that of a shipped pattern.
+
+    Args:
+        pattern: folder (~ is expanded), or name of a shipped pattern in any case.
+
+    Raises:
+        ValueError: there is neither.
+    """
     shipped = _shipped_name(pattern)
     folder = Path(pattern).expanduser()
     if pattern.strip() and folder.exists():
