@@ -256,7 +256,7 @@ class TestRefusals:
         # This vLLM knows one platform only, so another one is a stand-in.
         cuda = SimpleNamespace(device_name="cuda", is_cpu=lambda: False)
         monkeypatch.setattr(vllm.platforms, "current_platform", cuda, raising=False)
-        (reason,) = support._platform()
+        (reason,) = support.platform_refusals()
         assert reason.startswith("the platform cuda: this release of vllm-duo has kernels for")
 
 

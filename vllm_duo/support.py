@@ -17,7 +17,7 @@ UNQUANTISED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 def refusals(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this server cannot run with duo; empty where it can."""
     return [
-        *_platform(),
+        *platform_refusals(),
         *model_refusals(facts_of(vllm_config.model_config)),
         *_parallelism(vllm_config),
         *_features(vllm_config),
@@ -47,7 +47,8 @@ def refuse(reasons: list[str]) -> None:
         )
 
 
-def _platform() -> Iterator[str]:
+def platform_refusals() -> Iterator[str]:
+    """Why duo cannot serve on the platform that vLLM chose, if so."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
