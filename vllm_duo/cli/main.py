@@ -32,6 +32,7 @@ class Command:
 
 COMMANDS = {
     "plan": Command("vllm_duo.cli.plan", "What a server would hold, from config.json alone."),
+    "identify": Command("vllm_duo.cli.identify", "Find a model's retrieval heads."),
     "patterns": Command("vllm_duo.cli.patterns", "List the head patterns that ship."),
 }
 

@@ -73,7 +73,8 @@ def save_checkpoint(folder: Path, run: str, arrays: Mapping[str, npt.NDArray[Any
         OSError: it cannot be written.
     """
     content = io.BytesIO()
-    np.savez(content, **{_RUN_KEY: np.array(run)}, **dict(arrays))
+    stored: dict[str, Any] = {_RUN_KEY: np.array(run), **arrays}
+    np.savez(content, **stored)
     with explain_full_disk(folder, content.tell(), "the checkpoint before this one is kept"):
         write_atomically(folder / CHECKPOINT_NAME, content.getvalue())
 

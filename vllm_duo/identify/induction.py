@@ -68,8 +68,8 @@ class Induction:
         values = order_heads(
             to_kv_heads(echo, heads, settings.gqa),
             to_kv_heads(induction, heads, settings.gqa),
-            settings.echo_share,
-            settings.induction_share,
+            echo_share=settings.echo_share,
+            induction_share=settings.induction_share,
         )
         return Scores(values, {}, {"echo_score": echo, "induction_score": induction})
 
@@ -124,7 +124,7 @@ def copy_attention(query: Tensor, key: Tensor, scaling: float, first: int, perio
 
 
 def order_heads(
-    echo: Floats, induction: Floats, echo_share: float, induction_share: float
+    echo: Floats, induction: Floats, *, echo_share: float, induction_share: float
 ) -> Floats:
     """Values that rank heads as the paper's two shares take them in, [L, Hkv] each.
 

@@ -43,7 +43,7 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     heads = model.info.num_heads * model.info.head_size
     middle = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
     middle *= int(getattr(config, "num_experts_per_tok", 0) or 1)
-    number = next(model.model.parameters()).element_size()
+    number = int(next(model.model.parameters()).element_size())
     layer = 12 * heads + 3 * middle + 4 * hidden
     if gradients:
         per_token = model.info.num_layers * hidden + 2 * layer + 3 * hidden

@@ -138,4 +138,5 @@ def to_kv_heads(scores: Floats, num_kv_heads: int, rule: Aggregation) -> Floats:
     as the query head that needs it most; under `mean` as its query heads are on average.
     """
     grouped = scores.reshape(scores.shape[0], num_kv_heads, -1)
-    return grouped.max(axis=2) if rule == "max" else grouped.mean(axis=2)
+    found: Floats = grouped.max(axis=2) if rule == "max" else grouped.mean(axis=2)
+    return found

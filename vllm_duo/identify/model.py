@@ -23,7 +23,6 @@ FINGERPRINT_VALUES = 256
 """Values of each weight that the fingerprint reads, evenly spread."""
 
 
-
 @dataclass(frozen=True)
 class ModelInfo:
     """What a pattern must fit: L layers of Hq query and Hkv KV heads; D is the head size."""

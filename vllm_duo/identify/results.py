@@ -60,7 +60,7 @@ def write_results(
     """
     pattern = HeadPattern(scores.values, make_metadata(job, scores, check, effort), folder)
     files: dict[str, bytes] = {
-        HEATMAP_NAME: draw_heatmap(pattern.values, f"{Path(job.model.info.name).name}, {job.settings.method}"),
+        HEATMAP_NAME: draw_heatmap(pattern.values, f"{display_name(job)}, {job.settings.method}"),
         REPORT_NAME: make_report(job, pattern, check, effort).encode(),
         **{f"{name}.tsv": _table(values) for name, values in scores.query_heads.items()},
         CONFIG_NAME: (json.dumps(pattern.metadata, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -80,7 +80,7 @@ def make_metadata(
     settings = job.settings
     pattern = HeadPattern(scores.values)
     return {
-        "model_name": Path(job.model.info.name).name if Path(job.model.info.name).is_dir() else job.model.info.name,
+        "model_name": display_name(job),
         "method": settings.method,
         "sink_size": settings.sink_size,
         "recent_size": settings.recent_size,
@@ -99,6 +99,12 @@ def make_metadata(
     }
 
 
+def display_name(job: Job) -> str:
+    """The model's name, of a local folder its last part alone."""
+    path = Path(job.model.info.name)
+    return path.absolute().name if path.is_dir() else job.model.info.name
+
+
 def package_versions() -> dict[str, str]:
     """Versions that a result can depend on."""
     found = {"python": platform.python_version()}
@@ -110,14 +116,12 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def make_report(
-    job: Job, pattern: HeadPattern, check: CheckResult | None, effort: Effort
-) -> str:
+def make_report(job: Job, pattern: HeadPattern, check: CheckResult | None, effort: Effort) -> str:
     """REPORT.md: can the pattern be trusted, what it was made with, what it took."""
     info, settings = job.model.info, job.settings
     unit = "steps" if settings.method == "gates" else "samples"
     lines = [
-        f"# Head pattern of {Path(info.name).name} by {settings.method}",
+        f"# Head pattern of {display_name(job)} by {settings.method}",
         "",
         *_verdict_lines(check),
         "## The pattern",

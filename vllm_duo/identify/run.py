@@ -127,9 +127,7 @@ class _Keeper:
 
     def save(self, arrays: Arrays) -> None:
         """Write a checkpoint."""
-        save_checkpoint(
-            self._folder, self._run, {**arrays, _SECONDS_KEY: np.array(self.seconds())}
-        )
+        save_checkpoint(self._folder, self._run, {**arrays, _SECONDS_KEY: np.array(self.seconds())})
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -196,7 +194,9 @@ def _find_scores(job: Job, keeper: _Keeper, ray: str | None, progress: Progress)
     if method == "gates":
         scores = train_gates(job, keeper.saved, keeper.save, progress)
     elif method in FORWARD_METHODS:
-        scores = score_samples(job, FORWARD_METHODS[method], keeper.saved, keeper.save, progress, ray)
+        scores = score_samples(
+            job, FORWARD_METHODS[method], keeper.saved, keeper.save, progress, ray
+        )
     else:
         assert job.settings.source is not None
         pattern = HeadPattern.load(job.settings.source)

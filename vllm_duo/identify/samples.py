@@ -23,9 +23,21 @@ from torch import Tensor
 from vllm_duo.evaluate import passkey
 
 ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
-).split()
+    *(
+        "first",
+        "second",
+        "third",
+        "fourth",
+        "fifth",
+        "sixth",
+        "seventh",
+        "eighth",
+        "ninth",
+        "tenth",
+    ),
+    *("eleventh", "twelfth", "thirteenth", "fourteenth", "fifteenth", "sixteenth", "seventeenth"),
+    *("eighteenth", "nineteenth", "twentieth"),
+)
 SENTENCES_AT_ONCE = 64
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*")
 
@@ -182,7 +194,9 @@ class SampleMaker:
                 return sample
             filler.pop()  # tokens do not add up exactly over sentences with every tokenizer
 
-    def make_hidden(self, purpose: str, count: int, sink_size: int, recent_size: int) -> list[Sample]:
+    def make_hidden(
+        self, purpose: str, count: int, sink_size: int, recent_size: int
+    ) -> list[Sample]:
         """The first `count` samples whose keys lie outside of what a streaming head keeps.
 
         Raises:
