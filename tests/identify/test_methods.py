@@ -163,7 +163,7 @@ def test_a_heads_change_is_zero_when_nothing_is_dropped_and_one_when_all_is():
 def test_on_the_fly_finds_the_head_that_looks_far():
     job = make_job(tiny.copying_llama(), method="on-the-fly")
     sample = job.samples().make("identify", 0)
-    looks = {row: sample.needle_keys[0][0] for row in sample.answer_queries()}
+    looks = dict.fromkeys(sample.answer_queries(), sample.needle_keys[0][0])
     steer(job, lambda head, at: looks.get(at, at) if head == 0 else at)
     far, near = FORWARD_METHODS["on-the-fly"].score(job, 0)[0]
     assert far > 0.45
