@@ -122,7 +122,8 @@ def test_kill_in_the_self_check_resumes_at_the_end(model_folder, uninterrupted, 
 def test_killed_process_resumes(model_folder, tmp_path, delay):
     """SIGKILL at a moment that nothing can prepare for; delays count from the first checkpoint."""
     command = [
-        *(sys.executable, "-m", "vllm_duo.cli", "identify", str(model_folder)),
+        *(sys.executable, "-c", "from vllm_duo.cli.main import main; main()"),
+        *("identify", str(model_folder)),
         *("--sink-size", "4", "--recent-size", "12", "--max-length", "96", "--min-length", "80"),
         *("--steps", "60", "--check-samples", "0", "--checkpoint-every", "1"),
     ]

@@ -120,9 +120,12 @@ def identify(
     flags = dict(locals())
     for name in ("model", "out", "resume", "config", "ray"):
         del flags[name]
+    from transformers.utils import logging
+
     from vllm_duo.identify.run import identify as run
     from vllm_duo.identify.settings import make_settings
 
+    logging.disable_progress_bar()  # of loading weights: it would break into ours
     settings = make_settings({**flags, "method": method.value if method else None}, config)
     with ProgressBar(settings.method) as progress:
         try:
