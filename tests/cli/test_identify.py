@@ -96,3 +96,30 @@ def test_run_tells_verdict_and_effort(model_folder, tmp_path):
     assert "3 steps or samples" in result.output
     assert "cannot be judged" in result.output  # a random model answers nothing
     assert (tmp_path / "out" / "full_attention_heads.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [(1, "before the first"), (3, "go on with --resume")]
+)
+def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path, monkeypatch, steps, message):
+    from vllm_duo.identify import gates
+
+    real = gates.gate_step
+
+    def step(job, state, *more):
+        if state.done == steps:
+            raise KeyboardInterrupt
+        return real(job, state, *more)
+
+    monkeypatch.setattr(gates, "gate_step", step)
+    arguments = [
+        str(model_folder),
+        "--out",
+        str(tmp_path / "out"),
+        *FLAGS,
+        "--checkpoint-every",
+        "2",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 130
+    assert message in " ".join(result.output.split())

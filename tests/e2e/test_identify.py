@@ -12,7 +12,7 @@ from vllm_duo import HeadPattern
 from vllm_duo.identify.run import identify
 from vllm_duo.identify.settings import IdentifySettings
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 COUNT, LENGTH = 100, 1024
 

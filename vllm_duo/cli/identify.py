@@ -132,6 +132,9 @@ def identify(
             outcome = run(model, settings, out, resume=resume, ray=ray, progress=progress)
         except MemoryError as error:
             raise RuntimeError(str(error)) from None
+        except KeyboardInterrupt:
+            _tell_interrupted(out)
+            raise typer.Exit(130) from None
     _tell(outcome)
 
 
@@ -176,6 +179,16 @@ class ProgressBar:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+def _tell_interrupted(folder: Path) -> None:
+    from vllm_duo.cli.consoles import err
+    from vllm_duo.identify.checkpoint import CHECKPOINT_NAME
+
+    if (folder / CHECKPOINT_NAME).exists():
+        err.print(f"ended; {folder} holds a checkpoint: go on with --resume", highlight=False)
+    else:
+        err.print("ended before the first checkpoint", highlight=False)
 
 
 def _tell(outcome: Outcome) -> None:
