@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from tests.identify import tiny
 from vllm_duo.identify.attention import full_policy
-from vllm_duo.identify.model import config_reasons, fingerprint, hook_model, load_model
+from vllm_duo.identify.model import fingerprint, hook_model, load_model
+from vllm_duo.identify.refusals import config_reasons
 
 SIZES = {
     "vocab_size": 678,

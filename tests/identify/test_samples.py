@@ -8,7 +8,8 @@ from itertools import islice
 import pytest
 
 from tests.identify import tiny
-from vllm_duo.identify.samples import FileText, MadeText, SampleMaker, to_batch
+from vllm_duo.identify.haystack import FileText, MadeText
+from vllm_duo.identify.samples import SampleMaker, to_batch
 
 
 @pytest.fixture(scope="module")

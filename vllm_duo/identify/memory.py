@@ -12,7 +12,7 @@ from vllm_duo.identify.methods import Job
 from vllm_duo.identify.model import HookedModel
 
 SMALLEST_TRIAL = 64
-ESTIMATE_MARGIN = 1.2
+ESTIMATE_MARGIN = 1.5
 
 _CGROUP = Path("/sys/fs/cgroup")
 

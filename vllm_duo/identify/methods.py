@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_duo.identify.attention import StreamingRule
+from vllm_duo.identify.haystack import FileText, Haystack, MadeText
 from vllm_duo.identify.model import HookedModel
-from vllm_duo.identify.samples import FileText, Haystack, MadeText, SampleMaker
+from vllm_duo.identify.samples import SampleMaker
 from vllm_duo.identify.settings import Aggregation, IdentifySettings
 
 Floats = npt.NDArray[np.float64]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_duo.identify.attention import IMPLEMENTATION, AttentionHook, Policy, full_attention
+from vllm_duo.identify.refusals import config_reasons, probe_reasons, refuse
 
 PROBE_TOKENS = 24
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-"""Largest relative difference of the last hidden states with our attention and the model's own."""
-
 FINGERPRINT_VALUES = 256
 """Values of each weight that the fingerprint reads, evenly spread."""
 
@@ -107,7 +104,7 @@ def load_model(name: str, *, device: str | None, dtype: str | None) -> HookedMod
     target = choose_device(device)
     number = getattr(torch, dtype or ("bfloat16" if target.type == "cuda" else "float32"))
     config = _load_config(name)
-    _refuse(name, config, list(config_reasons(config)))
+    refuse(name, config, list(config_reasons(config)))
     tokenizer = _load_tokenizer(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=number, attn_implementation="eager")
     model = model.to(target).eval().requires_grad_(False)
@@ -135,7 +132,7 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         hook = AttentionHook(look)
         hook.install(model)
         found = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-    _refuse(name, model.config, _probe_reasons(seen, expected, found, next(model.parameters())))
+    refuse(name, model.config, probe_reasons(seen, expected, found, next(model.parameters())))
     num_heads, num_kv_heads, head_size = seen[0]
     info = ModelInfo(
         name=name,
@@ -169,54 +166,6 @@ def choose_device(device: str | None) -> torch.device:
     return target
 
 
-def config_reasons(config: Any) -> Iterator[str]:
-    """Why a model of this configuration cannot be hooked, before its weights load."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    def setting(name: str) -> Any:
-        return getattr(config, name, None)
-
-    heads = setting("num_attention_heads")
-    if not heads:
-        yield "it has no attention layers"
-        return
-    if setting("is_encoder_decoder"):
-        yield "cross-attention (an encoder-decoder model)"
-    if setting("vision_config") or setting("audio_config"):
-        yield "multimodal input"
-    if setting("kv_lora_rank"):
-        yield "multi-head latent attention (MLA): its cache has no KV heads to split"
-    if setting("attn_logit_softcapping"):
-        yield "soft-capped attention logits"
-    if setting("attention_chunk_size"):
-        yield f"chunked local attention ({setting('attention_chunk_size')} tokens)"
-    if setting("num_kv_shared_layers"):
-        yield "layers that share another layer's KV cache"
-    if setting("alibi") or setting("use_alibi"):
-        yield "ALiBi position biases"
-    if config.model_type == "gpt_oss":
-        yield "learned attention sinks"
-    yield from _window_reasons(config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        yield "transformers has no causal language model for it"
-    elif not getattr(
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_attention_backend", False
-    ):
-        yield "its attention does not go through transformers' AttentionInterface"
-
-
-def _window_reasons(config: Any) -> Iterator[str]:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds - {"sliding_attention"}:
-        yield f"layers of other kinds ({', '.join(sorted(kinds - {'sliding_attention'}))})"
-    window = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    longest = getattr(config, "max_position_embeddings", None) or 2**31
-    if (window and window < longest) or "sliding_attention" in kinds:
-        yield f"the model's own sliding window ({window} tokens)"
-
-
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits that tell checkpoints apart: names, shapes, dtypes and a sample of all weights.
 
@@ -230,31 +179,6 @@ def fingerprint(model: nn.Module) -> str:
         step = max(1, flat.numel() // FINGERPRINT_VALUES)
         digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _probe_reasons(
-    seen: dict[int, tuple[int, int, int]], expected: Tensor, found: Tensor, weight: Tensor
-) -> list[str]:
-    if not seen:
-        return ["it has no attention layers that go through transformers' AttentionInterface"]
-    if len(set(seen.values())) > 1:
-        shapes = ", ".join(sorted(f"{q}/{kv} heads of size {d}" for q, kv, d in set(seen.values())))
-        return [f"layers of different shapes ({shapes}): a pattern has one width"]
-    difference = float((found - expected).norm() / expected.norm())
-    limit = PROBE_TOLERANCE.get(weight.dtype, 8e-2)
-    if not difference <= limit:
-        return [
-            "its attention is more than causal softmax attention: the last hidden states differ by "
-            f"{difference:.2g} from those of its own attention, expected at most {limit:g}"
-        ]
-    return []
-
-
-def _refuse(name: str, config: Any, reasons: list[str]) -> None:
-    if reasons:
-        listed = "\n".join(f"  - {reason}" for reason in reasons)
-        kind = (getattr(config, "architectures", None) or [config.model_type])[0]
-        raise NotImplementedError(f"model {name} ({kind}) is not supported:\n{listed}")
 
 
 def _load_config(name: str) -> Any:
