@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from tests.identify import tiny
 from tests.identify.conftest import make_job
+from tests.identify.test_model import SIZES
 from vllm_duo.identify.attention import StreamingRule
 from vllm_duo.identify.gates import (
     GateState,
@@ -109,26 +111,25 @@ def test_checkpointed_layers_give_the_same_gradients():
 
 
 def test_layers_are_computed_again_in_the_backward_pass():
-    job = make_job(tiny.random_llama())
-    job.model.checkpoint_layers()
+    job = make_job(tiny.random_llama(), steps=1)
     calls = []
     for layer in job.model.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: calls.append(module))
-    ids, answers = to_batch([job.samples().make("identify", 0)])
-    gate_step(job, GateState.start(job), ids, answers, job.rule, 0)
+    train_gates(job, None, lambda arrays: None, lambda *args: None)
     # Two layers: once in the full pass, once in the gated one, once more in its backward pass.
     assert len(calls) == 6
 
 
 def test_dropout_stays_off():
-    job = make_job(tiny.random_llama(attention_dropout=0.5))
+    torch.manual_seed(0)
+    config = Phi3Config(**SIZES, resid_pdrop=0.5, attention_dropout=0.5)
+    job = make_job(Phi3ForCausalLM(config).float().eval())
     job.model.checkpoint_layers()
     ids, answers = to_batch([job.samples().make("identify", 0)])
-    losses = {
-        float(gate_distance(job.model, ids, answers, torch.full((2, 2), 0.5), job.rule))
-        for _ in range(2)
-    }
+    gates = torch.full((2, 2), 0.5)
+    losses = {float(gate_distance(job.model, ids, answers, gates, job.rule)) for _ in range(2)}
     assert len(losses) == 1
+    assert losses != {0.0}
 
 
 def test_padding_does_not_change_the_distance():

@@ -224,6 +224,12 @@ def test_ray_is_for_forward_only_methods(tmp_path):
         identify("no model is loaded", tiny_settings(), tmp_path, ray="local")
 
 
+def test_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_duo.identify.results.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"vllm-duo\[identify\]"):
+        identify("no model is loaded", tiny_settings(), tmp_path)
+
+
 def test_text_that_is_too_short_is_found_before_the_run(model_folder, tmp_path):
     (tmp_path / "text").write_text("Anna went to the market.")
     with pytest.raises(ValueError, match="at least 96 tokens"):

@@ -7,11 +7,13 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vllm_duo.figures import new_figure
 from vllm_duo.heads import HeadPattern
 from vllm_duo.heads.folder import CONFIG_NAME, TSV_NAME
 from vllm_duo.identify.checkpoint import explain_full_disk, write_atomically
@@ -189,15 +191,23 @@ def _verdict_lines(check: CheckResult | None) -> list[str]:
     return [*lines, ""]
 
 
+def check_can_draw() -> None:
+    """Refuse to start a run whose heatmap could not be drawn at its end.
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise RuntimeError(
+            "identify draws a heatmap and needs matplotlib, which is not installed: "
+            "pip install 'vllm-duo[identify]'"
+        )
+
+
 def draw_heatmap(values: Floats, title: str) -> bytes:
     """A PNG of [L, Hkv] values, layers from top to bottom."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layers, heads = values.shape
-    figure = Figure(figsize=(2.5 + 0.22 * heads, 1.6 + 0.22 * layers), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = new_figure(2.5 + 0.22 * heads, 1.6 + 0.22 * layers)
     image = axes.imshow(values.clip(0.0, 1.0), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
     axes.set(xlabel="KV head", ylabel="layer", title=title)
     axes.locator_params(integer=True)

@@ -26,7 +26,7 @@ from vllm_duo.identify.gates import GateState, gate_step, train_gates
 from vllm_duo.identify.methods import Floats, ForwardMethod, Job, Progress, Scores, complete
 from vllm_duo.identify.model import load_model
 from vllm_duo.identify.registry import FORWARD_METHODS
-from vllm_duo.identify.results import Effort, write_results
+from vllm_duo.identify.results import Effort, check_can_draw, write_results
 from vllm_duo.identify.samples import SampleMaker, to_batch
 from vllm_duo.identify.self_check import CheckResult, check_pattern
 from vllm_duo.identify.settings import IdentifySettings
@@ -71,8 +71,10 @@ def identify(
         NotImplementedError: the model's attention cannot be hooked.
         MemoryError: names a length that fits.
         OSError: the disk is full or `out` cannot be written; the last checkpoint stays.
+        RuntimeError: matplotlib is not installed.
     """
     check_folder(out, resume)
+    check_can_draw()
     if ray is not None and settings.method not in FORWARD_METHODS:
         raise ValueError(
             f"--ray is for the methods that only run forward ({', '.join(FORWARD_METHODS)}), got "
