@@ -166,9 +166,8 @@ class TestDefault:
             "no head pattern for model 'org/my model': expected the folder "
             "org/my model/duo_pattern or a shipped pattern of the model's name "
             f"({', '.join(sorted(SHIPPED_SHAPES))}), found neither, and nothing falls back to a "
-            "full cache silently: make one with DuoAttention's training code "
-            "(github.com/mit-han-lab/duo-attention; `vllm-duo identify` will do it in a later "
-            "release) and set pattern=DIR, or, if the model is a copy of one of those named, set "
+            "full cache silently: make one with `vllm-duo identify MODEL --out DIR` and set "
+            "pattern=DIR, or, if the model is a copy of one of those named, set "
             "pattern=NAME"
         )
 

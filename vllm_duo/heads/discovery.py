@@ -92,9 +92,9 @@ def _default_folder(model: str) -> Path:
     raise ValueError(
         f"no head pattern for model {model!r}: expected the folder {beside} or a shipped pattern "
         f"of the model's name ({', '.join(list_shipped())}), found neither, and nothing falls back "
-        "to a full cache silently: make one with DuoAttention's training code "
-        "(github.com/mit-han-lab/duo-attention; `vllm-duo identify` will do it in a later release) "
-        "and set pattern=DIR, or, if the model is a copy of one of those named, set pattern=NAME"
+        "to a full cache silently: make one with `vllm-duo identify MODEL "
+        "--out DIR` and set pattern=DIR, or, if the model is a copy of one of those named, set "
+        "pattern=NAME"
     )
 
 

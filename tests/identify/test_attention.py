@@ -1,0 +1,88 @@
+"""The rule as blocks, as a flex mask and as rows, against a plain mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_duo.identify.attention import (
+    ClassPolicy,
+    GatedPolicy,
+    StreamingRule,
+    attention_rows,
+    full_attention,
+    streaming_attention,
+)
+
+
+def make_qkv(length, heads=4, kv_heads=2, size=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(length)
+    return [
+        torch.randn(2, count, length, size, generator=generator, dtype=dtype)
+        for count in (heads, kv_heads, kv_heads)
+    ]
+
+
+def plain(query, key, value, scaling, sink, recent):
+    """The rule as one mask over all scores."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    i = torch.arange(query.shape[2])[:, None]
+    j = torch.arange(query.shape[2])[None]
+    visible = (j <= i) & ((j < sink) | (j > i - recent))
+    logits = (query @ key.mT * scaling).masked_fill(~visible, -torch.inf)
+    return logits.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("length", [1, 19, 129, 300])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (4, 16), (130, 7), (3, 200)])
+def test_blocks_follow_the_rule(length, sink, recent):
+    query, key, value = make_qkv(length)
+    found = streaming_attention(query, key, value, 0.3, StreamingRule(sink, recent))
+    torch.testing.assert_close(found, plain(query, key, value, 0.3, sink, recent))
+
+
+def test_flex_follows_the_rule():
+    query, key, value = make_qkv(200, dtype=torch.float32)
+    found = streaming_attention(query, key, value, 0.3, StreamingRule(4, 16, "flex"))
+    torch.testing.assert_close(found, plain(query, key, value, 0.3, 4, 16), rtol=1e-4, atol=1e-5)
+
+
+def test_flex_without_a_backward_pass_refuses():
+    query, key, value = make_qkv(200, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="kernel sdpa"):
+        streaming_attention(query.requires_grad_(), key, value, 0.3, StreamingRule(4, 16, "flex"))
+
+
+def test_full_attention_is_causal():
+    query, key, value = make_qkv(50)
+    torch.testing.assert_close(
+        full_attention(query, key, value, 0.3), plain(query, key, value, 0.3, 50, 1)
+    )
+
+
+def test_classes_take_each_head_as_its_class_says():
+    query, key, value = make_qkv(60)
+    policy = ClassPolicy(torch.tensor([[True, False]]), StreamingRule(4, 16))
+    found = policy(0, query, key, value, 0.3)
+    torch.testing.assert_close(found[:, :2], plain(query, key, value, 0.3, 60, 1)[:, :2])
+    torch.testing.assert_close(found[:, 2:], plain(query, key, value, 0.3, 4, 16)[:, 2:])
+
+
+def test_gates_mix_full_and_streaming():
+    query, key, value = make_qkv(60)
+    gates = torch.tensor([[0.25, 1.0]])
+    found = GatedPolicy(gates, StreamingRule(4, 16))(0, query, key, value, 0.3)
+    full, near = (plain(query, key, value, 0.3, *kept) for kept in ((60, 1), (4, 16)))
+    torch.testing.assert_close(found[:, :2], 0.25 * full[:, :2] + 0.75 * near[:, :2])
+    torch.testing.assert_close(found[:, 2:], full[:, 2:])
+
+
+@pytest.mark.parametrize("rule", [None, StreamingRule(4, 16)])
+def test_rows_are_the_weights_of_the_outputs(rule):
+    query, key, value = make_qkv(60, dtype=torch.float32)
+    rows = torch.tensor([0, 17, 59])
+    weights = attention_rows(query[:1], key[:1], 0.3, rows, rule)
+    expected = plain(query, key, value, 0.3, *((4, 16) if rule else (60, 1)))[0][:, rows]
+    found = weights @ value[0].repeat_interleave(2, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,283 @@
+"""Whole runs: what they write, how they resume, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.identify import tiny
+from tests.identify.conftest import tiny_settings
+from vllm_duo import HeadPattern
+from vllm_duo.identify import run as run_module
+from vllm_duo.identify.checkpoint import CHECKPOINT_NAME
+from vllm_duo.identify.registry import FORWARD_METHODS
+from vllm_duo.identify.run import count_units, identify
+
+RUNS = {
+    "gates": {"steps": 7, "batch_size": 2, "checkpoint_every": 3},
+    "retrieval-score": {"samples": 5, "checkpoint_every": 2},
+    "induction": {"samples": 5, "checkpoint_every": 2},
+    "on-the-fly": {"samples": 5, "checkpoint_every": 2},
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_after(steps):
+    def progress(done, total, note):
+        if done >= steps and not note.startswith("self-check"):
+            raise Killed
+
+    return progress
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    made = {}
+
+    def get(method):
+        if method not in made:
+            settings = tiny_settings(method=method, **RUNS[method])
+            made[method] = identify(str(model_folder), settings, folder / method)
+        return made[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", sorted(RUNS))
+def test_run_writes_a_pattern_that_loads(uninterrupted, method):
+    outcome = uninterrupted(method)
+    files = {path.name for path in outcome.folder.iterdir()}
+    assert {"full_attention_heads.tsv", "config.json", "heatmap.png", "REPORT.md"} <= files
+    assert CHECKPOINT_NAME not in files
+    pattern = HeadPattern.load(outcome.folder)
+    np.testing.assert_array_equal(pattern.values, outcome.pattern.values)
+    config = pattern.metadata
+    assert config["method"] == method
+    assert (config["deploy_sink_size"], config["deploy_recent_size"]) == (tiny.SINK, tiny.RECENT)
+    assert config["mask_hashes"]["0.5"] == pattern.select(sparsity=0.5).mask_hash
+    assert config["settings"]["max_length"] == 96
+    assert len(config["model"]["fingerprint"]) == 16
+    assert config["versions"]["torch"]
+    assert config["measured"]["peak_memory_bytes"] > 0
+    assert (outcome.folder / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("retrieval_score", "echo_score", "induction_score", "output_change"):
+        if f"{name}.tsv" in files:
+            assert np.loadtxt(outcome.folder / f"{name}.tsv").shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "killed_after"),
+    [
+        *(("gates", 1), ("gates", 3), ("gates", 5)),  # before, at and after a checkpoint
+        *(("retrieval-score", 3), ("induction", 5), ("on-the-fly", 2)),
+    ],
+)
+def test_resumed_run_gives_the_same_result(
+    model_folder, uninterrupted, tmp_path, method, killed_after
+):
+    settings = tiny_settings(method=method, **RUNS[method])
+    with pytest.raises(Killed):
+        identify(str(model_folder), settings, tmp_path / "out", progress=kill_after(killed_after))
+    assert not (tmp_path / "out" / "full_attention_heads.tsv").exists()
+    seen = []
+    outcome = identify(
+        str(model_folder),
+        settings,
+        tmp_path / "out",
+        resume=True,
+        progress=lambda done, total, note: seen.append(done),
+    )
+    every, total = RUNS[method]["checkpoint_every"], count_units(settings)
+    if killed_after < total:
+        assert seen[0] == killed_after // every * every + 1  # went on, and did not start again
+    whole = uninterrupted(method)
+    table = "full_attention_heads.tsv"
+    assert (outcome.folder / table).read_bytes() == (whole.folder / table).read_bytes()
+    assert outcome.check == whole.check
+
+
+def test_kill_in_the_self_check_resumes_at_the_end(model_folder, uninterrupted, tmp_path):
+    settings = tiny_settings(method="on-the-fly", **RUNS["on-the-fly"])
+
+    def progress(done, total, note):
+        if note.startswith("self-check"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        identify(str(model_folder), settings, tmp_path, progress=progress)
+    outcome = identify(str(model_folder), settings, tmp_path, resume=True)
+    np.testing.assert_array_equal(
+        outcome.pattern.values, uninterrupted("on-the-fly").pattern.values
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.3, 0.9])
+def test_killed_process_resumes(model_folder, tmp_path, delay):
+    """SIGKILL at a moment that nothing can prepare for; delays count from the first checkpoint."""
+    command = [
+        *(sys.executable, "-c", "from vllm_duo.cli.main import main; main()"),
+        *("identify", str(model_folder)),
+        *("--sink-size", "4", "--recent-size", "12", "--max-length", "96", "--min-length", "80"),
+        *("--steps", "60", "--check-samples", "0", "--checkpoint-every", "1"),
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=env)
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=env)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "killed" / CHECKPOINT_NAME).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "full_attention_heads.tsv").exists()
+    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, env=env)
+    tables = [tmp_path / name / "full_attention_heads.tsv" for name in ("whole", "killed")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+
+
+def test_seed_changes_the_result(model_folder, uninterrupted, tmp_path):
+    settings = tiny_settings(method="on-the-fly", seed=1, **RUNS["on-the-fly"])
+    other = identify(str(model_folder), settings, tmp_path)
+    assert not np.array_equal(other.pattern.values, uninterrupted("on-the-fly").pattern.values)
+
+
+def test_exclusive_runs_from_another_pattern(model_folder, uninterrupted, tmp_path):
+    source = uninterrupted("on-the-fly").folder
+    outcome = identify(
+        str(model_folder), tiny_settings(method="exclusive", source=source), tmp_path
+    )
+    assert (outcome.pattern.values[:, :1] == outcome.pattern.values).all()
+    assert outcome.pattern.metadata["details"]["source_method"] == "on-the-fly"
+    assert "No layer holds both classes" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_exclusive_refuses_another_models_pattern(model_folder, tmp_path):
+    HeadPattern.uniform(3, 2).save(tmp_path / "other")
+    settings = tiny_settings(method="exclusive", source=tmp_path / "other")
+    with pytest.raises(ValueError, match="3 layers, the model has 2"):
+        identify(str(model_folder), settings, tmp_path / "out")
+
+
+def test_checkpoint_of_another_run_is_refused(model_folder, tmp_path):
+    settings = tiny_settings(method="on-the-fly", **RUNS["on-the-fly"])
+    with pytest.raises(Killed):
+        identify(str(model_folder), settings, tmp_path, progress=kill_after(3))
+    for other in ({"seed": 1}, {"sink_size": 5}):
+        changed = settings.model_copy(update=other)
+        with pytest.raises(ValueError, match="another model, method or setting"):
+            identify(str(model_folder), changed, tmp_path, resume=True)
+
+
+def test_another_models_checkpoint_is_refused(model_folder, tmp_path):
+    settings = tiny_settings(method="on-the-fly", **RUNS["on-the-fly"])
+    with pytest.raises(Killed):
+        identify(str(model_folder), settings, tmp_path / "out", progress=kill_after(3))
+    other = tiny.save(tiny.random_llama(seed=1), tmp_path / "other")
+    with pytest.raises(ValueError, match="another model"):
+        identify(str(other), settings, tmp_path / "out", resume=True)
+
+
+def test_self_check_settings_may_change_on_resume(model_folder, tmp_path):
+    settings = tiny_settings(method="on-the-fly", **RUNS["on-the-fly"])
+    with pytest.raises(Killed):
+        identify(str(model_folder), settings, tmp_path, progress=kill_after(3))
+    changed = settings.model_copy(update={"check_samples": 0})
+    assert identify(str(model_folder), changed, tmp_path, resume=True).check is None
+    assert "Not checked" in (tmp_path / "REPORT.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "resume", "message"),
+    [
+        ("full_attention_heads.tsv", False, "finished"),
+        ("full_attention_heads.tsv", True, "finished"),
+        (CHECKPOINT_NAME, False, "--resume"),
+    ],
+)
+def test_nothing_is_written_over(tmp_path, content, resume, message):
+    (tmp_path / content).write_text("0.5\n")
+    with pytest.raises(ValueError, match=message):
+        identify("no model is loaded", tiny_settings(), tmp_path, resume=resume)
+
+
+def test_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="found a file"):
+        identify("no model is loaded", tiny_settings(), tmp_path / "file")
+
+
+def test_ray_is_for_forward_only_methods(tmp_path):
+    with pytest.raises(ValueError, match="only run forward"):
+        identify("no model is loaded", tiny_settings(), tmp_path, ray="local")
+
+
+def test_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_duo.identify.results.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"vllm-duo\[identify\]"):
+        identify("no model is loaded", tiny_settings(), tmp_path)
+
+
+def test_text_that_is_too_short_is_found_before_the_run(model_folder, tmp_path):
+    (tmp_path / "text").write_text("Anna went to the market.")
+    with pytest.raises(ValueError, match="at least 96 tokens"):
+        identify(str(model_folder), tiny_settings(text=tmp_path / "text"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["gates", "on-the-fly"])
+def test_out_of_memory_names_a_length_that_fits(model_folder, tmp_path, monkeypatch, method):
+    limit = 200
+    real_step, real_method = run_module.gate_step, FORWARD_METHODS["on-the-fly"]
+
+    def step(job, state, ids, *more):
+        if ids.shape[1] > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real_step(job, state, ids, *more)
+
+    class Method(type(real_method)):
+        def score(self, job, index):
+            if job.lengths()[1] > limit:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return super().score(job, index)
+
+    monkeypatch.setattr("vllm_duo.identify.run.gate_step", step)
+    monkeypatch.setattr("vllm_duo.identify.gates.gate_step", step)
+    monkeypatch.setitem(FORWARD_METHODS, "on-the-fly", Method())
+    settings = tiny_settings(method=method, max_length=700, min_length=650)
+    with pytest.raises(MemoryError, match=r"up to 700 tokens; 175 was tried and fits"):
+        identify(str(model_folder), settings, tmp_path)
+
+
+def test_run_that_is_estimated_not_to_fit_is_refused(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_duo.identify.memory.available_bytes", lambda device: 300_000)
+    with pytest.raises(MemoryError, match=r"--max-length (\d+) or less") as error:
+        identify(str(model_folder), tiny_settings(), tmp_path)
+    assert 16 < int(str(error.value).split("--max-length ")[1].split()[0]) < 96
+
+
+def test_full_disk_at_the_end_keeps_the_checkpoint(model_folder, tmp_path, monkeypatch):
+    import errno
+
+    def full(file, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    settings = tiny_settings(method="on-the-fly", **RUNS["on-the-fly"])
+    monkeypatch.setattr("vllm_duo.identify.results.write_atomically", full)
+    with pytest.raises(OSError, match="is full"):
+        identify(str(model_folder), settings, tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / CHECKPOINT_NAME).exists()
+    identify(str(model_folder), settings, tmp_path, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == "on-the-fly"

@@ -1,0 +1,98 @@
+"""Which models the attention hook cannot stand in for, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""Largest relative difference of the last hidden states with our attention and the model's own."""
+
+
+def config_reasons(config: Any) -> Iterator[str]:
+    """Why a model of this configuration cannot be hooked, before its weights load."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def setting(name: str) -> Any:
+        return getattr(config, name, None)
+
+    heads = setting("num_attention_heads")
+    if not heads:
+        yield "it has no attention layers"
+        return
+    if setting("is_encoder_decoder"):
+        yield "cross-attention (an encoder-decoder model)"
+    if setting("vision_config") or setting("audio_config"):
+        yield "multimodal input"
+    if setting("kv_lora_rank"):
+        yield "multi-head latent attention (MLA): its cache has no KV heads to split"
+    if setting("attn_logit_softcapping"):
+        yield "soft-capped attention logits"
+    if setting("attention_chunk_size"):
+        yield f"chunked local attention ({setting('attention_chunk_size')} tokens)"
+    if setting("num_kv_shared_layers"):
+        yield "layers that share another layer's KV cache"
+    if setting("alibi") or setting("use_alibi"):
+        yield "ALiBi position biases"
+    if config.model_type == "gpt_oss":
+        yield "learned attention sinks"
+    yield from _window_reasons(config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        yield "transformers has no causal language model for it"
+    elif not getattr(
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_attention_backend", False
+    ):
+        yield "its attention does not go through transformers' AttentionInterface"
+
+
+def _window_reasons(config: Any) -> Iterator[str]:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds - {"sliding_attention"}:
+        yield f"layers of other kinds ({', '.join(sorted(kinds - {'sliding_attention'}))})"
+    window = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    longest = getattr(config, "max_position_embeddings", None) or 2**31
+    if (window and window < longest) or "sliding_attention" in kinds:
+        yield f"the model's own sliding window ({window} tokens)"
+
+
+def probe_reasons(
+    seen: dict[int, tuple[int, int, int]], expected: Tensor, found: Tensor, weight: Tensor
+) -> list[str]:
+    """Why a model cannot be hooked, after a short text went through it twice.
+
+    Args:
+        seen: query heads, KV heads and head size by layer, as the hook saw them.
+        expected: last hidden states with the model's own attention.
+        found: with the hook's.
+        weight: any weight, for its dtype.
+    """
+    if not seen:
+        return ["it has no attention layers that go through transformers' AttentionInterface"]
+    if len(set(seen.values())) > 1:
+        shapes = ", ".join(sorted(f"{q}/{kv} heads of size {d}" for q, kv, d in set(seen.values())))
+        return [f"layers of different shapes ({shapes}): a pattern has one width"]
+    difference = float((found - expected).norm() / expected.norm())
+    limit = PROBE_TOLERANCE.get(weight.dtype, 8e-2)
+    if not difference <= limit:
+        return [
+            "its attention is more than causal softmax attention: the last hidden states differ by "
+            f"{difference:.2g} from those of its own attention, expected at most {limit:g}"
+        ]
+    return []
+
+
+def refuse(name: str, config: Any, reasons: list[str]) -> None:
+    """Refuse a model for all of its reasons.
+
+    Raises:
+        NotImplementedError: there are reasons.
+    """
+    if reasons:
+        listed = "\n".join(f"  - {reason}" for reason in reasons)
+        kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+        raise NotImplementedError(f"model {name} ({kind}) is not supported:\n{listed}")
