@@ -34,6 +34,9 @@ COMMANDS = {
     "plan": Command("vllm_duo.cli.plan", "What a server would hold, from config.json alone."),
     "identify": Command("vllm_duo.cli.identify", "Find a model's retrieval heads."),
     "patterns": Command("vllm_duo.cli.patterns", "List, show, compare and check head patterns."),
+    "eval": Command(
+        "vllm_duo.cli.evaluate", "What a pattern costs in quality, through vLLM itself."
+    ),
     "doctor": Command("vllm_duo.cli.doctor", "Whether this machine can serve with duo."),
 }
 

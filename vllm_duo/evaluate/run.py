@@ -1,0 +1,285 @@
+"""An evaluation: full attention against duo through vLLM, the same questions to both."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vllm_duo.config import SECTION
+from vllm_duo.evaluate import perplexity
+from vllm_duo.evaluate.engines import answers_of
+from vllm_duo.evaluate.settings import EvalSettings
+from vllm_duo.evaluate.statistics import judge, wilson
+from vllm_duo.evaluate.task import CountTokens, Sample, Wanted
+from vllm_duo.evaluate.tasks import TASKS
+from vllm_duo.model_facts import model_refusals
+from vllm_duo.planning.checkpoint import read_checkpoint
+from vllm_duo.server_plan import make_plan
+from vllm_duo.support import refuse
+
+FULL = "full"
+ROOM_TOKENS = 16
+"""Beyond the longest question and answer: a server may count a special token more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A sample and its place in the run: ``pair`` names it on both sides."""
+
+    task: str
+    sample: Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """All of a run.
+
+    Attributes:
+        rounds: by turn.
+        texts: for perplexity.
+        skipped: per task, the lengths that it does not fit, and why.
+    """
+
+    rounds: list[list[Question]]
+    texts: list[str]
+    skipped: dict[str, dict[int, str]]
+
+
+def make_questions(settings: EvalSettings, count_tokens: CountTokens) -> Questions:
+    """Make all samples; the same settings and tokenizer give the same."""
+    rounds: defaultdict[int, list[Question]] = defaultdict(list)
+    skipped: defaultdict[str, dict[int, str]] = defaultdict(dict)
+    for name in settings.tasks:
+        for length in settings.lengths:
+            rng = random.Random(f"{name} {length} {settings.seed}")
+            for index in range(settings.samples):
+                depth = settings.depths[index % len(settings.depths)]
+                wanted = Wanted(tokens=length, depth=depth, rng=rng, count_tokens=count_tokens)
+                try:
+                    samples = TASKS[name].make(wanted)
+                except ValueError as error:
+                    skipped[name][length] = str(error)
+                    break
+                for sample in samples:
+                    rounds[sample.turn].append(Question(task=name, sample=sample))
+    texts = []
+    if settings.perplexity:
+        texts = perplexity.make_texts(max(settings.lengths), settings.seed, count_tokens)
+    return Questions(
+        rounds=[rounds[turn] for turn in sorted(rounds)], texts=texts, skipped=dict(skipped)
+    )
+
+
+def engine_arguments(
+    settings: EvalSettings, sparsity: float | None, longest: int
+) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``; stock's own attention where ``sparsity`` is None."""
+    arguments: dict[str, Any] = {
+        "model": settings.model,
+        "max_model_len": longest + ROOM_TOKENS,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": settings.seed,
+        **settings.engine,
+    }
+    if sparsity is not None:
+        arguments["attention_backend"] = "duo"
+        arguments["additional_config"] = {"duo": settings.duo(sparsity)}
+    return arguments
+
+
+def evaluate(
+    settings: EvalSettings,
+    folder: Path,
+    *,
+    count_tokens: CountTokens,
+    vocabulary: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Ask every engine everything and judge; JSON-ready.
+
+    Args:
+        settings: of the run.
+        folder: keeps each engine's answers, so that a run that was ended goes on.
+        count_tokens: tokens of a text as the model counts them, special ones included.
+        vocabulary: tokens that the model knows.
+        progress: called with the name of each engine before it starts.
+
+    Raises:
+        RuntimeError: an engine failed.
+        ValueError: no task fits any length; no such model or pattern, or one of another shape.
+        NotImplementedError: duo cannot serve the model.
+    """
+    questions = make_questions(settings, count_tokens)
+    if not questions.rounds and not questions.texts:
+        reasons = "; ".join(
+            f"{name}: {reason}"
+            for name, why in questions.skipped.items()
+            for reason in why.values()
+        )
+        raise ValueError(f"no task fits any of the lengths: {reasons}")
+    asked = [
+        [
+            {"prompt": q.sample.prompt, "max_tokens": TASKS[q.task].max_tokens}
+            for q in questions_of_turn
+        ]
+        for questions_of_turn in questions.rounds
+    ]
+    counted = [
+        count_tokens(q.sample.prompt) + TASKS[q.task].max_tokens
+        for questions_of_turn in questions.rounds
+        for q in questions_of_turn
+    ]
+    longest = max([*counted, max(settings.lengths)])
+    selections = {s: selection_of(settings, s) for s in settings.sparsities}
+    sides: dict[str, dict[str, Any]] = {}
+    for name, sparsity in _engines(settings).items():
+        progress(name)
+        job = {
+            "engine": engine_arguments(settings, sparsity, longest),
+            # Answers are kept by the whole job: another pattern in the same folder is another job.
+            "selection": None if sparsity is None else selections[sparsity],
+            "rounds": asked,
+            "texts": questions.texts,
+        }
+        sides[name] = answers_of(name, job, folder)
+    results = _results(settings, questions, sides, vocabulary)
+    return results | {"selections": {f"duo-{s:g}": found for s, found in selections.items()}}
+
+
+def selection_of(settings: EvalSettings, sparsity: float) -> dict[str, Any]:
+    """What the server will make of the pattern: refused here before any engine starts.
+
+    Raises:
+        ValueError: no such model or pattern, or one of another shape.
+        NotImplementedError: duo cannot serve the model.
+    """
+    facts = read_checkpoint(settings.model).facts
+    refuse(list(model_refusals(facts)))
+    plan = make_plan(
+        {SECTION: settings.duo(sparsity)}, settings.model, facts.num_layers, facts.num_kv_heads
+    )
+    return {
+        "pattern": plan.pattern_name,
+        "mask_hash": plan.resolved.selection.mask_hash,
+        "sink_size": plan.resolved.sink_size,
+        "recent_size": plan.resolved.recent_size,
+    }
+
+
+def _engines(settings: EvalSettings) -> dict[str, float | None]:
+    return {FULL: None} | {f"duo-{sparsity:g}": sparsity for sparsity in settings.sparsities}
+
+
+def _results(
+    settings: EvalSettings,
+    questions: Questions,
+    sides: dict[str, dict[str, Any]],
+    vocabulary: int,
+) -> dict[str, Any]:
+    scored = {name: _scored(questions, side["rounds"]) for name, side in sides.items()}
+    duos = {name: s for name, s in _engines(settings).items() if s is not None}
+    tasks: dict[str, Any] = {}
+    for name in settings.tasks:
+        full = [row for row in scored[FULL] if row["task"] == name]
+        task: dict[str, Any] = {
+            "summary": TASKS[name].summary,
+            "skipped_lengths": questions.skipped.get(name, {}),
+        }
+        if full:
+            task["full"] = summary(full)
+            task["duo"] = {
+                engine: {"sparsity": sparsity}
+                | _compared(full, [row for row in scored[engine] if row["task"] == name], settings)
+                for engine, sparsity in duos.items()
+            }
+        tasks[name] = task
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "kind": "eval",
+        "settings": settings.model_dump(mode="json"),
+        "versions": _versions(),
+        "tasks": tasks,
+        "samples": scored,
+    }
+    if questions.texts:
+        result["perplexity"] = {
+            engine: {"sparsity": sparsity}
+            | perplexity.compare(
+                sides[FULL]["logprobs"], sides[engine]["logprobs"], vocabulary, settings.seed
+            )
+            for engine, sparsity in duos.items()
+        }
+    return result
+
+
+def _scored(questions: Questions, answers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """One row a question: its task, place, answer and score."""
+    return [
+        {
+            "task": q.task,
+            "length": q.sample.length,
+            "depth": q.sample.depth,
+            "turn": q.sample.turn,
+            "expected": list(q.sample.answers),
+            "answer": text,
+            "score": TASKS[q.task].score(q.sample, text),
+        }
+        for asked, texts in zip(questions.rounds, answers, strict=True)
+        for q, text in zip(asked, texts, strict=True)
+    ]
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean score with its interval, by length, and by depth and length where there are depths."""
+    by_length: defaultdict[int, list[float]] = defaultdict(list)
+    by_cell: defaultdict[tuple[float, int], list[float]] = defaultdict(list)
+    by_turn: defaultdict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        by_length[row["length"]].append(row["score"])
+        by_turn[row["turn"]].append(row["score"])
+        if row["depth"] is not None:
+            by_cell[row["depth"], row["length"]].append(row["score"])
+    scores = [row["score"] for row in rows]
+    found = {
+        "score": _mean(scores),
+        "interval": asdict(wilson(sum(scores), len(scores))),
+        "samples": len(scores),
+        "by_length": {length: _mean(by_length[length]) for length in sorted(by_length)},
+    }
+    if len(by_turn) > 1:
+        found["by_turn"] = {turn: _mean(by_turn[turn]) for turn in sorted(by_turn)}
+    if by_cell:
+        found["by_depth_and_length"] = [
+            {"depth": depth, "length": length, "score": _mean(by_cell[depth, length])}
+            for depth, length in sorted(by_cell)
+        ]
+    return found
+
+
+def _compared(
+    full: Sequence[dict[str, Any]], duo: Sequence[dict[str, Any]], settings: EvalSettings
+) -> dict[str, Any]:
+    verdict = judge(
+        [row["score"] for row in full], [row["score"] for row in duo], seed=settings.seed
+    )
+    return summary(duo) | {"verdict": asdict(verdict) | {"told": verdict.told()}}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("vllm-duo", "vllm", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,65 @@
+"""The settings of one evaluation; saved beside its results."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Length = Annotated[int, Field(ge=16)]
+
+
+class EvalSettings(BaseModel):
+    """What is asked of which model, how often.
+
+    Attributes:
+        model: folder or Hugging Face id.
+        pattern: folder or name of a shipped pattern; None: looked up as the server does.
+        sparsities: shares of the KV heads that stream, one engine each.
+        tasks: names of ``TASKS``.
+        perplexity: whether to measure perplexity by position too.
+        lengths: prompts, in tokens.
+        depths: places of the answer for tasks with one, in turn.
+        samples: of each task and length.
+        sink_size: of the streaming heads, in tokens; None: as the server would choose.
+        recent_size: likewise.
+        seed: of all prompts.
+        engine: arguments of ``vllm.LLM`` for both sides, such as ``{"dtype": "float32"}``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    pattern: str | None = None
+    sparsities: tuple[Share, ...] = Field(default=(0.25, 0.5, 0.75), min_length=1)
+    tasks: tuple[str, ...]
+    perplexity: bool = True
+    lengths: tuple[Length, ...] = Field(default=(1024, 2048), min_length=1)
+    depths: tuple[Share, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    samples: int = Field(default=20, ge=1)
+    sink_size: int | None = None
+    recent_size: int | None = None
+    seed: int = 0
+    engine: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _refuse_unknown_tasks(self) -> Self:
+        from vllm_duo.evaluate.tasks import TASKS
+
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            raise ValueError(
+                f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown)}: correct them"
+            )
+        return self
+
+    def duo(self, sparsity: float) -> dict[str, Any]:
+        """The "duo" section of one engine's ``additional_config``."""
+        given = {
+            "pattern": self.pattern,
+            "sparsity": sparsity,
+            "sink_size": self.sink_size,
+            "recent_size": self.recent_size,
+        }
+        return {key: value for key, value in given.items() if value is not None}
