@@ -37,6 +37,7 @@ COMMANDS = {
     "eval": Command(
         "vllm_duo.cli.evaluate", "What a pattern costs in quality, through vLLM itself."
     ),
+    "report": Command("vllm_duo.cli.report", "Results of plan and eval as one HTML file."),
     "doctor": Command("vllm_duo.cli.doctor", "Whether this machine can serve with duo."),
 }
 

@@ -1,0 +1,1 @@
+"""One HTML file from the JSON results of ``plan`` and ``eval``; it needs no network."""
