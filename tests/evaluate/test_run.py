@@ -12,8 +12,9 @@ from tests.evaluate.test_tasks import count_words
 from vllm_duo.evaluate import engines
 from vllm_duo.evaluate import run as module
 from vllm_duo.evaluate.perplexity import compare
+from vllm_duo.evaluate.questions import make_questions
 from vllm_duo.evaluate.report import tables
-from vllm_duo.evaluate.run import engine_arguments, evaluate, make_questions
+from vllm_duo.evaluate.run import engine_arguments, evaluate
 from vllm_duo.evaluate.settings import EvalSettings
 
 NEEDLE = r"The pass key is (\d{5})\."

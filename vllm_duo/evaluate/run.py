@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 from vllm_duo.config import SECTION
 from vllm_duo.evaluate import perplexity
 from vllm_duo.evaluate.engines import answers_of
+from vllm_duo.evaluate.questions import Questions, make_questions
 from vllm_duo.evaluate.settings import EvalSettings
 from vllm_duo.evaluate.statistics import judge, wilson
-from vllm_duo.evaluate.task import CountTokens, Sample, Wanted
+from vllm_duo.evaluate.task import CountTokens
 from vllm_duo.evaluate.tasks import TASKS
 from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import read_checkpoint
@@ -25,54 +25,6 @@ from vllm_duo.support import refuse
 FULL = "full"
 ROOM_TOKENS = 16
 """Beyond the longest question and answer: a server may count a special token more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A sample and its place in the run: ``pair`` names it on both sides."""
-
-    task: str
-    sample: Sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """All of a run.
-
-    Attributes:
-        rounds: by turn.
-        texts: for perplexity.
-        skipped: per task, the lengths that it does not fit, and why.
-    """
-
-    rounds: list[list[Question]]
-    texts: list[str]
-    skipped: dict[str, dict[int, str]]
-
-
-def make_questions(settings: EvalSettings, count_tokens: CountTokens) -> Questions:
-    """Make all samples; the same settings and tokenizer give the same."""
-    rounds: defaultdict[int, list[Question]] = defaultdict(list)
-    skipped: defaultdict[str, dict[int, str]] = defaultdict(dict)
-    for name in settings.tasks:
-        for length in settings.lengths:
-            rng = random.Random(f"{name} {length} {settings.seed}")
-            for index in range(settings.samples):
-                depth = settings.depths[index % len(settings.depths)]
-                wanted = Wanted(tokens=length, depth=depth, rng=rng, count_tokens=count_tokens)
-                try:
-                    samples = TASKS[name].make(wanted)
-                except ValueError as error:
-                    skipped[name][length] = str(error)
-                    break
-                for sample in samples:
-                    rounds[sample.turn].append(Question(task=name, sample=sample))
-    texts = []
-    if settings.perplexity:
-        texts = perplexity.make_texts(max(settings.lengths), settings.seed, count_tokens)
-    return Questions(
-        rounds=[rounds[turn] for turn in sorted(rounds)], texts=texts, skipped=dict(skipped)
-    )
 
 
 def engine_arguments(
