@@ -14,7 +14,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
 
-.PHONY: help setup demo serve test test-all soak lint format type clean needle
+.PHONY: help setup demo serve test test-all soak sanitize lint format type clean needle
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test-all: setup  ## The whole suite with the slow cases
 soak: setup  ## The long soaks: 2,000 mixed requests over HTTP, a million scheduler steps
 	VLLM_DUO_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/e2e/test_soak.py -s
 	$(BIN)/python -m pytest -m soak
+
+sanitize: setup  ## The operator tests over kernels built with ASan and UBSan
+	$(BIN)/python tools/sanitize.py
 
 lint: setup  ## ruff, formatting, types
 	$(BIN)/ruff check .

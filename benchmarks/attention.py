@@ -1,0 +1,260 @@
+"""Attention with this package's kernels against stock vLLM's, alternating in one run.
+
+    python -m benchmarks.attention --device cpu --threads 1 2 --out attention.json
+
+A correctness gate comes first: both serve the same requests and must agree, else nothing is timed.
+Layers
+take turns, so that their caches come from memory and not from the processor's caches. Bandwidth and
+matrix multiplication are measured in the same run, with the same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.attention_layers import DuoLayer, Shape, StockLayer
+from benchmarks.provenance import provenance
+from vllm_duo.ops import cpu
+
+LAYERS_BYTES = 128 << 20
+"""Layers of a contender take turns over so many bytes, several times the largest cache of a laptop."""
+
+PREFILL_TOKENS, PREFILL_CHUNK = 16_384, 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Contenders that take turns: stock (None), or a share of streaming heads."""
+
+    name: str
+    shape: Shape
+    contenders: tuple[float | None, ...] = (None, 0.0, 0.5, 0.75)
+    rounds: int = 9
+
+
+def streaming_heads(shape: Shape, sparsity: float) -> int:
+    """KV heads that stream."""
+    return round(sparsity * shape.num_kv_heads)
+
+
+def gate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, sparsity: float) -> None:
+    """Serve a request from nothing with both; within sink + recent the classes must agree too.
+
+    Raises:
+        RuntimeError: the results differ.
+    """
+    chunks = (150, 1, 700, 1) if sparsity == 0 else (150, 1, 100, 1)
+    shape = Shape(
+        dtype=dtype,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        context=0,
+        chunk=sum(chunks),
+        requests=2,
+    )
+    layers = (DuoLayer(shape, streaming_heads(shape, sparsity)), StockLayer(shape))
+    bound = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    context = 0
+    for seed, chunk in enumerate(chunks):
+        step = replace(shape, context=context, chunk=chunk)
+        ours, theirs = (layer.step(step, seed)().float() for layer in layers)
+        error = (ours - theirs).abs().max().item()
+        if not error <= bound:
+            raise RuntimeError(
+                f"gate: {dtype}, {num_heads}/{num_kv_heads} heads, sparsity {sparsity}, {chunk} tokens "
+                f"after {context}: results differ by {error}, expected at most {bound}"
+            )
+        context += chunk
+
+
+def contender(case: Case, sparsity: float | None) -> Callable[[], object]:
+    """A call that runs the next layer's work."""
+    shape = case.shape
+
+    def layer() -> DuoLayer | StockLayer:
+        if sparsity is None:
+            return StockLayer(shape)
+        return DuoLayer(shape, streaming_heads(shape, sparsity))
+
+    if case.name == "prefill":
+        one = layer()
+        steps = [
+            one.step(replace(shape, context=begin, chunk=min(PREFILL_CHUNK, shape.chunk - begin)))
+            for begin in range(0, shape.chunk, PREFILL_CHUNK)
+        ]
+        return lambda: [step() for step in steps]
+    streaming = 0 if sparsity is None else streaming_heads(shape, sparsity)
+    count = max(2, min(64, -(-LAYERS_BYTES // shape.needed_bytes(streaming))))
+    turns = itertools.cycle([layer().step(shape, seed) for seed in range(count)])
+    return lambda: next(turns)()
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+    """Mean seconds of one call."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    return (time.perf_counter() - start) / repeats
+
+
+def alternate(works: list[Callable[[], object]], rounds: int, slice_s: float) -> list[list[float]]:
+    """Seconds of each, in turns, after a warm-up; a call is repeated to fill its slice."""
+    repeats = []
+    for work in works:
+        work()
+        repeats.append(max(1, min(500, int(slice_s / seconds(work, 1)))))
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for work, count, into in zip(works, repeats, times, strict=True):
+            into.append(seconds(work, count))
+    return times
+
+
+def machine_limits() -> dict[str, float]:
+    """Read bandwidth in GB/s and multiplication in GFLOP/s, best of several, with torch's threads."""
+    data = torch.ones(1 << 26)
+    read = min(seconds(data.sum, 1) for _ in range(9))
+    found = {"read_gb_s": data.nbytes / read / 1e9}
+    # Without instructions for bf16 its multiplication takes seconds at 1024.
+    for dtype, name, n in (
+        (torch.float32, "sgemm_gflop_s", 1024),
+        (torch.bfloat16, "bf16_gemm_gflop_s", 256),
+    ):
+        a = torch.randn(n, n).to(dtype)
+        multiply = min(seconds(lambda: a @ a, 1) for _ in range(7))  # noqa: B023
+        found[name] = 2 * n**3 / multiply / 1e9
+    return found
+
+
+def cases(smoke: bool) -> list[Case]:
+    """Every case, in the order in which it runs."""
+    found = []
+    context = 2048 if smoke else 16_384
+    for dtype in (torch.float32, torch.bfloat16):
+        for heads in ((16, 16), (32, 8)):
+
+            def shape(dtype: torch.dtype = dtype, heads: Any = heads, **sizes: int) -> Shape:
+                return Shape(dtype=dtype, num_heads=heads[0], num_kv_heads=heads[1], **sizes)
+
+            found.append(Case(name="decode", shape=shape(context=context - 1, chunk=1)))
+            for length, requests in itertools.product((128, 1024), (1, 8, 64)):
+                short = shape(context=length - 1, chunk=1, requests=requests)
+                found.append(Case(name="short", shape=short, contenders=(None, 0.5)))
+            prefill = replace(
+                shape(context=0, chunk=3000 if smoke else PREFILL_TOKENS), num_heads=16
+            )
+            prefill = replace(prefill, num_kv_heads=16 if heads[0] == 16 else 4)
+            found.append(Case(name="prefill", shape=prefill, rounds=3))
+            for length in (4096, 1 << 20):
+                constant = shape(context=length - 1, chunk=1)
+                found.append(Case(name="streaming", shape=constant, contenders=(1.0,)))
+    return [replace(case, rounds=1) for case in found] if smoke else found
+
+
+def measure(case: Case, limits: dict[str, float]) -> list[dict[str, Any]]:
+    """One row per contender."""
+    works = [contender(case, sparsity) for sparsity in case.contenders]
+    times = alternate(works, case.rounds, slice_s=0.05)
+    medians = [statistics.median(taken) for taken in times]
+    rows = []
+    for sparsity, taken, median in zip(case.contenders, times, medians, strict=True):
+        streaming = 0 if sparsity is None else streaming_heads(case.shape, sparsity)
+        needed = case.shape.needed_bytes(streaming) / median / 1e9
+        rows.append(
+            {
+                "case": case.name,
+                **asdict(case.shape),
+                "dtype": str(case.shape.dtype).removeprefix("torch."),
+                "sparsity": sparsity,
+                "threads": torch.get_num_threads(),
+                "median_ms": median * 1e3,
+                "min_ms": min(taken) * 1e3,
+                "max_ms": max(taken) * 1e3,
+                "times_stock": medians[0] / median if case.contenders[0] is None else None,
+                "gb_s": needed,
+                "share_of_read": needed / limits["read_gb_s"],
+                "gflop_s": case.shape.operations(streaming) / median / 1e9,
+            }
+        )
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """For people."""
+    table = Table("case", "dtype", "heads", "requests x tokens", "threads", "kernels")
+    for column in ("ms (range)", "x stock", "GB/s", "GFLOP/s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        name = "stock" if row["sparsity"] is None else f"duo {row['sparsity']:.0%}"
+        times_stock = row["times_stock"]
+        table.add_row(
+            row["case"],
+            row["dtype"],
+            f"{row['num_heads']}/{row['num_kv_heads']}",
+            f"{row['requests']} x {row['context'] + row['chunk']}",
+            str(row["threads"]),
+            name,
+            f"{row['median_ms']:.3f} ({row['min_ms']:.3f}-{row['max_ms']:.3f})",
+            "" if times_stock is None else f"{times_stock:.2f}",
+            f"{row['gb_s']:.1f}" if row["chunk"] == 1 else "",
+            f"{row['gflop_s']:.1f}",
+        )
+    return table
+
+
+def main() -> int:
+    """Measure, print, and write JSON if asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--smoke", action="store_true", help="short contexts, one round")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--only", nargs="+", help="cases of these names alone")
+    parser.add_argument("--dtype", nargs="+", help="float32, bfloat16 or both")
+    arguments = parser.parse_args()
+    console = Console()
+    console.width = max(console.width, 130)
+    for dtype, heads, sparsity in itertools.product(
+        (torch.float32, torch.bfloat16), ((16, 16), (32, 8), (16, 4)), (0.0, 0.5)
+    ):
+        gate(dtype, *heads, sparsity)
+    rows: list[dict[str, Any]] = []
+    limits = {}
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        limits[threads] = machine_limits()
+        console.print(cpu.describe(), {k: round(v, 1) for k, v in limits[threads].items()})
+        for case in cases(arguments.smoke):
+            name = str(case.shape.dtype).removeprefix("torch.")
+            if case.name in (arguments.only or [case.name]) and name in (arguments.dtype or [name]):
+                rows += measure(case, limits[threads])
+    console.print(table_of(rows))
+    if arguments.out:
+        lscpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+        result = {
+            **provenance(),
+            "kernels": cpu.describe(),
+            "limits": limits,
+            "cases": rows,
+            "lscpu": lscpu,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
