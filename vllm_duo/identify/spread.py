@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from vllm_duo.identify.registry import FORWARD_METHODS
 from vllm_duo.identify.settings import IdentifySettings
 
 MOST_WORKERS = 64
+# Ray gives its own helpers 30 seconds to start, too few on a machine that is busy.
+_PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_agent_register_timeout_ms": "180000"}
 
 
 class Scorer:
@@ -53,25 +56,27 @@ def score_over_ray(job: Job, indices: range, address: str) -> Iterator[Floats]:
             have this package, the model and the text under the same names.
 
     Raises:
-        ValueError: Ray is not installed, or there is no cluster at `address`.
+        RuntimeError: Ray is not installed, did not start, or there is no cluster at `address`.
     """
     try:
         import ray
     except ImportError:
-        raise ValueError(
+        raise RuntimeError(
             "--ray: expected Ray to be installed, it is not: pip install 'vllm-duo[identify]'"
         ) from None
     start: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     threads = torch.get_num_threads()
     try:
         if address == "local":
+            for name, patience in _PATIENCE.items():
+                os.environ.setdefault(name, patience)
             ray.init(address="local", **start)
         else:
             ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--ray {address}: expected 'local' or the address of a running Ray cluster, got "
-            f"{str(error).splitlines()[0]}"
+    except Exception as error:  # Ray raises bare ones when a node does not start in time
+        raise RuntimeError(
+            f"--ray {address}: expected 'local' or the address of a running Ray cluster, but Ray "
+            f"did not start ({str(error).splitlines()[0]})"
         ) from None
     try:
         yield from _spread(ray, job, indices, threads)
