@@ -61,6 +61,19 @@ def test_accuracy_is_that_of_generated_text():
         assert accuracy(model, [sample], rule) == float(right), (text, wanted)
 
 
+@pytest.mark.parametrize(("following", "right"), [(".", 1.0), ("7", 0.0)])
+def test_a_key_that_goes_on_is_wrong(following, right):
+    job = make_job(tiny.random_llama())
+    sample = job.samples().make("check", 0)
+    words = job.model.tokenizer
+    answer = [sample.ids[row + 1] for row in sample.key_queries()]
+    answer.append(words.convert_tokens_to_ids(following))
+    scores = torch.nn.functional.one_hot(torch.tensor(answer), len(words)).float()
+    object.__setattr__(job.model, "logits", lambda hidden: scores)
+    assert accuracy(job.model, [sample], full_policy) == right
+    assert accuracy(job.model, [sample], full_policy, key_style="words") == 1.0
+
+
 @pytest.fixture
 def checked(monkeypatch):
     """The samples that the self-check measures with."""

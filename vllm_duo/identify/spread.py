@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,8 @@ def score_over_ray(job: Job, indices: range, address: str) -> Iterator[Floats]:
         raise RuntimeError(
             "--ray: expected Ray to be installed, it is not: pip install 'vllm-duo[identify]'"
         ) from None
+    if address != "local":
+        check_reachable(address)
     start: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     threads = torch.get_num_threads()
     try:
@@ -82,6 +85,24 @@ def score_over_ray(job: Job, indices: range, address: str) -> Iterator[Floats]:
         yield from _spread(ray, job, indices, threads)
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Knock at HOST:PORT or ray://HOST:PORT first: Ray itself waits long for what is not there.
+
+    Raises:
+        RuntimeError: nothing listens there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto", which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(
+            f"--ray {address}: expected 'local' or the address of a running Ray cluster, but nothing "
+            f"answers there ({error})"
+        ) from None
 
 
 def _spread(ray: Any, job: Job, indices: range, threads: int) -> Iterator[Floats]:
