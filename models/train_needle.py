@@ -51,6 +51,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(
             f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}"
         )
+    if options.hidden % options.heads:
+        parser.error(
+            f"--hidden must be a multiple of --heads, as transformers' configurations demand, got "
+            f"{options.hidden} and {options.heads}"
+        )
     if options.qkv_bias and options.heads * options.head_size != options.hidden:
         parser.error(
             f"Qwen2 has no head size of its own: --heads x --head-size must be --hidden, got "

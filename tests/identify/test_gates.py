@@ -17,7 +17,7 @@ from vllm_duo.identify.gates import (
     learning_rate_share,
     train_gates,
 )
-from vllm_duo.identify.samples import to_batch
+from vllm_duo.identify.samples import SampleMaker, to_batch
 
 
 def plain_hidden(model, ids, gates, sink, recent):
@@ -118,6 +118,17 @@ def test_layers_are_computed_again_in_the_backward_pass():
     train_gates(job, None, lambda arrays: None, lambda *args: None)
     # Two layers: once in the full pass, once in the gated one, once more in its backward pass.
     assert len(calls) == 6
+
+
+def test_every_step_has_its_own_samples(monkeypatch):
+    made = []
+    real = SampleMaker.make
+    monkeypatch.setattr(
+        SampleMaker, "make", lambda self, *which: made.append(which) or real(self, *which)
+    )
+    job = make_job(tiny.random_llama(), steps=3, batch_size=2)
+    train_gates(job, None, lambda arrays: None, lambda *args: None)
+    assert made == [("identify", number) for number in range(6)]
 
 
 def test_dropout_stays_off():

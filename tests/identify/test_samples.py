@@ -9,7 +9,7 @@ import pytest
 
 from tests.identify import tiny
 from vllm_duo.identify.haystack import FileText, MadeText
-from vllm_duo.identify.samples import SampleMaker, to_batch
+from vllm_duo.identify.samples import Sample, SampleMaker, to_batch
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,18 @@ def test_hidden_samples_follow_the_rule(maker):
         (first, end), (asked, _) = sample.needle_keys[0], sample.keys[0]
         query = asked - 1  # the first of the answer; later ones see no more of the key
         assert not [j for j in range(first, end) if j < 16 or j > query - 40]
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "hidden"),
+    # The answer begins at 100, its query at 99: with 40 recent tokens it sees 60 and later.
+    [(16, 21, True), (15, 20, False), (55, 60, True), (56, 61, False)],
+)
+def test_hidden_is_exact_at_both_ends(first, end, hidden):
+    sample = Sample(
+        (0,) * 120, ((100, 106),), ((100, 105),), ((first - 4, end + 1),), ((first, end),)
+    )
+    assert sample.hidden(16, 40) is hidden
 
 
 def test_samples_too_short_to_hide_a_key_are_refused(maker):

@@ -7,6 +7,7 @@ import torch
 
 from tests.identify import tiny
 from tests.identify.conftest import make_job
+from vllm_duo import HeadPattern
 from vllm_duo.identify.attention import ClassPolicy, StreamingRule, full_policy
 from vllm_duo.identify.haystack import MadeText
 from vllm_duo.identify.model import load_model
@@ -60,23 +61,49 @@ def test_accuracy_is_that_of_generated_text():
         assert accuracy(model, [sample], rule) == float(right), (text, wanted)
 
 
-def test_check_uses_samples_that_the_method_did_not_see(monkeypatch):
-    job = make_job(tiny.random_llama(), keys=2, max_length=140, min_length=120)
-    seen = []
+@pytest.mark.parametrize(("following", "right"), [(".", 1.0), ("7", 0.0)])
+def test_a_key_that_goes_on_is_wrong(following, right):
+    job = make_job(tiny.random_llama())
+    sample = job.samples().make("check", 0)
+    words = job.model.tokenizer
+    answer = [sample.ids[row + 1] for row in sample.key_queries()]
+    answer.append(words.convert_tokens_to_ids(following))
+    scores = torch.nn.functional.one_hot(torch.tensor(answer), len(words)).float()
+    object.__setattr__(job.model, "logits", lambda hidden: scores)
+    assert accuracy(job.model, [sample], full_policy) == right
+    assert accuracy(job.model, [sample], full_policy, key_style="words") == 1.0
 
-    def look(model, samples, policy, style):
-        seen.extend(samples)
-        return 1.0
 
-    monkeypatch.setattr("vllm_duo.identify.self_check.accuracy", look)
-    from vllm_duo import HeadPattern
+@pytest.fixture
+def checked(monkeypatch):
+    """The samples that the self-check measures with."""
 
-    check_pattern(job, HeadPattern.uniform(2, 2))
+    def get(job):
+        seen = []
+
+        def look(model, samples, policy, style):
+            seen.extend(samples)
+            return 1.0
+
+        monkeypatch.setattr("vllm_duo.identify.self_check.accuracy", look)
+        check_pattern(job, HeadPattern.uniform(2, 2))
+        return seen
+
+    return get
+
+
+def test_check_uses_samples_that_the_method_did_not_see(checked):
+    job = make_job(tiny.random_llama(), max_length=96, min_length=96)
+    seen = checked(job)
     learned = {job.samples().make("identify", number).ids for number in range(50)}
     assert seen
     assert not {sample.ids for sample in seen} & learned
     assert all(sample.hidden(tiny.SINK, tiny.RECENT) for sample in seen)
-    assert {len(sample.keys) for sample in seen} == {1}
+
+
+def test_check_asks_for_one_key(checked):
+    job = make_job(tiny.random_llama(), keys=2, max_length=140, min_length=120)
+    assert {len(sample.keys) for sample in checked(job)} == {1}
 
 
 def test_wilson_interval_of_known_shares():

@@ -20,8 +20,9 @@ def test_ray_gives_the_result_of_one_process(model_folder, tmp_path, method):
     assert (one.folder / table).read_bytes() == (many.folder / table).read_bytes()
 
 
-@pytest.mark.slow
 def test_no_cluster_at_the_address_is_told(model_folder, tmp_path):
     settings = tiny_settings(method="on-the-fly", samples=2)
-    with pytest.raises(ValueError, match=r"--ray 127\.0\.0\.1:1: expected 'local' or the address"):
+    with pytest.raises(
+        RuntimeError, match=r"--ray 127\.0\.0\.1:1: expected 'local' or the address"
+    ):
         identify(str(model_folder), settings, tmp_path, ray="127.0.0.1:1")

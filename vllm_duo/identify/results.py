@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from vllm_duo.figures import new_figure
 from vllm_duo.heads import HeadPattern
 from vllm_duo.heads.folder import CONFIG_NAME, TSV_NAME
+from vllm_duo.heads.picture import draw
 from vllm_duo.identify.checkpoint import explain_full_disk, write_atomically
 from vllm_duo.identify.exclusive import exclusive_sparsities
 from vllm_duo.identify.methods import Floats, Job, Scores
@@ -62,7 +63,11 @@ def write_results(
     """
     pattern = HeadPattern(scores.values, make_metadata(job, scores, check, effort), folder)
     files: dict[str, bytes] = {
-        HEATMAP_NAME: draw_heatmap(pattern.values, f"{display_name(job)}, {job.settings.method}"),
+        HEATMAP_NAME: draw_heatmap(
+            pattern,
+            job.settings.check_sparsity,
+            f"{display_name(job)}, {job.settings.method}",
+        ),
         REPORT_NAME: make_report(job, pattern, check, effort).encode(),
         **{f"{name}.tsv": _table(values) for name, values in scores.query_heads.items()},
         CONFIG_NAME: (json.dumps(pattern.metadata, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -130,7 +135,8 @@ def make_report(job: Job, pattern: HeadPattern, check: CheckResult | None, effor
         "",
         f"{DESCRIPTIONS[settings.method]}. {info.num_layers} layers of {info.num_kv_heads} KV "
         f"heads; a streaming head keeps {settings.sink_size} sink and {settings.recent_size} "
-        "recent tokens. `heatmap.png` shows the values.",
+        "recent tokens. `heatmap.png` shows the values, with the retrieval heads at "
+        f"sparsity {settings.check_sparsity:g} marked.",
         "",
         "| sparsity | retrieval heads | mask hash |",
         "|---|---|---|",
@@ -204,17 +210,12 @@ def check_can_draw() -> None:
         )
 
 
-def draw_heatmap(values: Floats, title: str) -> bytes:
-    """A PNG of [L, Hkv] values, layers from top to bottom."""
-    layers, heads = values.shape
-    figure, axes = new_figure(2.5 + 0.22 * heads, 1.6 + 0.22 * layers)
-    image = axes.imshow(values.clip(0.0, 1.0), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-    axes.set(xlabel="KV head", ylabel="layer", title=title)
-    axes.locator_params(integer=True)
-    figure.colorbar(image, label="0 streams, 1 needs all")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
-    return out.getvalue()
+def draw_heatmap(pattern: HeadPattern, sparsity: float, title: str) -> bytes:
+    """A PNG of the values, the retrieval heads at `sparsity` marked."""
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / HEATMAP_NAME
+        draw(pattern, pattern.select(sparsity=sparsity), title, file)
+        return file.read_bytes()
 
 
 def _table(values: Floats) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,8 @@ from vllm_duo.identify.registry import FORWARD_METHODS
 from vllm_duo.identify.settings import IdentifySettings
 
 MOST_WORKERS = 64
+# Ray gives its own helpers 30 seconds to start, too few on a machine that is busy.
+_PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_agent_register_timeout_ms": "180000"}
 
 
 class Scorer:
@@ -53,30 +57,52 @@ def score_over_ray(job: Job, indices: range, address: str) -> Iterator[Floats]:
             have this package, the model and the text under the same names.
 
     Raises:
-        ValueError: Ray is not installed, or there is no cluster at `address`.
+        RuntimeError: Ray is not installed, did not start, or there is no cluster at `address`.
     """
     try:
         import ray
     except ImportError:
-        raise ValueError(
+        raise RuntimeError(
             "--ray: expected Ray to be installed, it is not: pip install 'vllm-duo[identify]'"
         ) from None
+    if address != "local":
+        check_reachable(address)
     start: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     threads = torch.get_num_threads()
     try:
         if address == "local":
+            for name, patience in _PATIENCE.items():
+                os.environ.setdefault(name, patience)
             ray.init(address="local", **start)
         else:
             ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--ray {address}: expected 'local' or the address of a running Ray cluster, got "
-            f"{str(error).splitlines()[0]}"
+    except Exception as error:  # Ray raises bare ones when a node does not start in time
+        raise RuntimeError(
+            f"--ray {address}: expected 'local' or the address of a running Ray cluster, but Ray "
+            f"did not start ({str(error).splitlines()[0]})"
         ) from None
     try:
         yield from _spread(ray, job, indices, threads)
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Knock at HOST:PORT or ray://HOST:PORT first: Ray itself waits long for what is not there.
+
+    Raises:
+        RuntimeError: nothing listens there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # "auto", which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(
+            f"--ray {address}: expected 'local' or the address of a running Ray cluster, but nothing "
+            f"answers there ({error})"
+        ) from None
 
 
 def _spread(ray: Any, job: Job, indices: range, threads: int) -> Iterator[Floats]:
