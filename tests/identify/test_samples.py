@@ -107,11 +107,18 @@ def test_text_file_is_the_haystack(words, tmp_path):
     assert "went to market" in words.decode(sample.ids)
 
 
-def test_text_that_is_too_short_says_what_it_has(words, tmp_path):
+@pytest.mark.parametrize(
+    ("repeats", "message"),
+    [
+        (1, r"at least 1000 tokens.*found 6: give a longer text$"),
+        (80, r"or lower --max-length to \d+$"),
+    ],
+)
+def test_text_that_is_too_short_says_what_it_has(words, tmp_path, repeats, message):
     file = tmp_path / "text.txt"
-    file.write_text("Anna went to the market.")
-    with pytest.raises(ValueError, match=r"at least 100 tokens.*found 6.*--max-length to 6"):
-        FileText(file, words, 100)
+    file.write_text("Anna went to the market. " * repeats)
+    with pytest.raises(ValueError, match=message):
+        FileText(file, words, 1000)
 
 
 def test_text_that_cannot_be_read_is_named(words, tmp_path):

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from vllm_duo.evaluate import passkey
 
+SHORT_TEXT = 400
+"""Tokens of a text below which no sensible sample can be made of it."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*")
 
 
@@ -52,9 +54,10 @@ class FileText:
         self._sentences = [part for part in _SENTENCE_END.split(text.strip()) if part]
         tokens = sum(count_each(tokenizer, self._sentences)) if self._sentences else 0
         if tokens < max_length:
+            lower = f" or lower --max-length to {tokens}" if tokens > SHORT_TEXT else ""
             raise ValueError(
                 f"--text {file}: expected at least {max_length} tokens, one sample of the longest "
-                f"length, found {tokens}: give a longer text or lower --max-length to {tokens}"
+                f"length, found {tokens}: give a longer text{lower}"
             )
 
     def sentences(self, rng: random.Random) -> Iterator[str]:
