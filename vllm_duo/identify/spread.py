@@ -15,7 +15,7 @@ from vllm_duo.identify.registry import FORWARD_METHODS
 from vllm_duo.identify.settings import IdentifySettings
 
 MOST_WORKERS = 64
-# Ray gives its own helpers 30 seconds to start, too few on a machine that is busy.
+# Ray gives its own processes 30 seconds to start, too few on a machine that is busy.
 _PATIENCE = {"RAY_raylet_start_wait_time_s": "180", "RAY_agent_register_timeout_ms": "180000"}
 
 
