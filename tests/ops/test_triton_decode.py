@@ -8,12 +8,11 @@ import inspect
 import pytest
 import torch
 
+from tests.ops.steps import far_apart, make_step
 from tests.ops.triton_cases import (
     checked,  # noqa: F401
     decode_kernel,
-    far_apart,
     implementation,  # noqa: F401
-    make_step,
 )
 from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import LayerCaches
@@ -97,6 +96,24 @@ def test_triton_decode_splits_are_balanced(monkeypatch):
     step = make_step(MIXED, [400], [1], seed=4)
     step.assert_exact(step.run(decode_kernel.decode))
     assert seen == [(False, i) for i in range(7)] + [(True, i) for i in range(2)]
+
+
+def test_triton_decode_keeps_to_its_workspace(monkeypatch):
+    """Partial results of one long request behind many short ones, which need none."""
+    monkeypatch.setattr(gpu, "num_programs", lambda _: 2)
+    monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
+    guarded = torch.full((2, 1000, 64), torch.nan)
+
+    def workspace(device, rows, head_size):
+        assert rows == 2 * 2 * 16
+        return guarded[0], guarded[1].flatten()
+
+    monkeypatch.setattr(gpu, "workspace", workspace)
+    decode(make_step([True], [*[9] * 12, 300], [1] * 13, seed=6))
+    partials = ~guarded[0].isnan().all(-1)
+    assert partials.any()
+    assert not partials[2 * 2 * 16 :].any()
+    assert guarded[1].flatten()[2 * 2 * 16 :].isnan().all()
 
 
 @pytest.mark.parametrize("mask", [[True], [False]], ids=["retrieval", "streaming"])

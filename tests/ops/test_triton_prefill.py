@@ -7,11 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from tests.ops.steps import far_apart, make_step
 from tests.ops.triton_cases import (
     checked,  # noqa: F401
-    far_apart,
     implementation,  # noqa: F401
-    make_step,
     prefill_kernel,
 )
 from vllm_duo.ops import triton_tools
@@ -70,25 +69,35 @@ def test_triton_prefill_of_streaming_heads_alone():
     step.assert_exact(output)
 
 
-def folded_keys(monkeypatch, context):
-    """How many key tiles a streaming tile of the chunk's end meets."""
-    count = []
-    fold = triton_tools.fold
+@pytest.fixture
+def folds(monkeypatch):
+    """Key tiles that a streaming head's chunk of so many tokens meets behind a context."""
+    fold, count = triton_tools.fold, []
 
     def spy(*args):
         count.append(1)
         return fold(*args)
 
     monkeypatch.setattr(triton_tools, "fold", spy)
-    sizes = {"sink_size": 16, "recent_size": 70}
-    step = make_step([False], [context], [64], num_decodes=0, seed=4, **sizes)
-    step.assert_exact(step.run(prefill_kernel.prefill))
-    monkeypatch.undo()
-    return len(count)
+
+    def counted(context, chunk):
+        count.clear()
+        sizes = {"sink_size": 16, "recent_size": 70}
+        step = make_step([False], [context], [chunk], num_decodes=0, seed=4, **sizes)
+        step.assert_exact(step.run(prefill_kernel.prefill))
+        return len(count)
+
+    return counted
 
 
-def test_triton_prefill_of_streaming_heads_costs_the_same_at_any_context(monkeypatch):
-    assert folded_keys(monkeypatch, 200) == folded_keys(monkeypatch, 3000)
+def test_triton_prefill_of_streaming_heads_costs_the_same_at_any_context(folds):
+    assert folds(200, 64) == folds(3000, 64)
+
+
+def test_triton_prefill_of_streaming_heads_costs_the_same_at_any_place_in_the_chunk(folds):
+    """A tile of 32 queries: one tile of 64 keys for the sink, two for its band of 101."""
+    assert folds(100, 160) - folds(100, 128) == 3
+    assert folds(100, 288) - folds(100, 256) == 3
 
 
 @pytest.mark.parametrize("mask", [[True], [False]], ids=["retrieval", "streaming"])

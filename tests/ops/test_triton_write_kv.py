@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
+from tests.ops.steps import clone, far_apart, guards, make_step
 from tests.ops.triton_cases import (
     checked,  # noqa: F401
-    clone,
-    far_apart,
     implementation,  # noqa: F401
-    make_step,
     snapshot_kernel,
     write_kernel,
 )
+from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import SnapshotCopy
 from vllm_duo.ops.snapshot import reference as snapshot_reference
 from vllm_duo.ops.write_kv import reference
@@ -33,9 +34,9 @@ def same(a, b):
 
 def assert_like_reference(step):
     expected = clone(step.caches)
-    reference.write_retrieval(step.k, step.v, step.store.heads, expected, step.batch)
-    reference.write_streaming(step.k, step.v, step.store.heads, expected, step.batch)
-    write_kernel.write_kv(step.k, step.v, step.store.heads, step.caches, step.batch)
+    reference.write_retrieval(step.k, step.v, step.heads, expected, step.batch)
+    reference.write_streaming(step.k, step.v, step.heads, expected, step.batch)
+    write_kernel.write_kv(step.k, step.v, step.heads, step.caches, step.batch)
     assert same(step.caches.retrieval, expected.retrieval)
     assert same(step.caches.streaming, expected.streaming)
     step.store.assert_guards()
@@ -60,7 +61,7 @@ def test_triton_write_leaves_the_null_block_alone():
     step = make_step(MIXED, [20, 10], [1, 1], head_size=16)
     step.store.paged.block_table[1] = 0
     step.store.ring.block_table[1] = 0
-    write_kernel.write_kv(step.k, step.v, step.store.heads, step.caches, step.batch)
+    write_kernel.write_kv(step.k, step.v, step.heads, step.caches, step.batch)
     assert step.caches.retrieval[0].isnan().all()
     assert step.caches.streaming[0].isnan().all()
 
@@ -68,7 +69,7 @@ def test_triton_write_leaves_the_null_block_alone():
 def test_triton_write_of_one_class_leaves_the_other():
     step = make_step(MIXED, [20], [3], head_size=16)
     before = clone(step.caches)
-    args = (step.k, step.v, step.store.heads, step.caches, step.batch)
+    args = (step.k, step.v, step.heads, step.caches, step.batch)
     write_kernel.write_retrieval(*args)
     assert same(step.caches.streaming, before.streaming)
     assert not same(step.caches.retrieval, before.retrieval)
@@ -94,7 +95,7 @@ def test_triton_write_beyond_2_to_the_31_bytes(mask, checked):  # noqa: F811
     near = getattr(step.caches, field)
     far = far_apart(near, step.store.paged if mask[0] else step.store.ring)
     caches = dataclasses.replace(step.caches, **{field: far})
-    write_kernel.write_kv(step.k, step.v, step.store.heads, caches, step.batch)
+    write_kernel.write_kv(step.k, step.v, step.heads, caches, step.batch)
     assert_like_reference(step)
     assert same(far, near)
 
@@ -103,19 +104,11 @@ def snapshots(step, copies):
     ring = dataclasses.replace(step.store.ring, copies=tuple(copies))
     step.caches = dataclasses.replace(step.caches, ring=ring)
     expected = clone(step.caches)
-    args = (step.k, step.v, step.store.heads)
+    args = (step.k, step.v, step.heads)
     snapshot_reference.copy_snapshots(*args, expected, step.batch)
     snapshot_kernel.copy_snapshots(*args, step.caches, step.batch)
     assert same(step.caches.streaming, expected.streaming)
     assert same(step.caches.retrieval, expected.retrieval)
-
-
-def guards(step):
-    """Blocks of no table."""
-    blocks = torch.ones(len(step.caches.streaming), dtype=torch.bool)
-    blocks[step.store.ring.block_table.flatten().long()] = False
-    blocks[0] = False
-    return blocks.nonzero().flatten()
 
 
 @pytest.mark.parametrize(
@@ -157,15 +150,35 @@ def test_triton_snapshot_orders_from_a_buffer():
     """What a captured graph replays: a buffer longer than its orders, none of them at first."""
     step = make_step(MIXED, [60], [10], head_size=16)
     copy = SnapshotCopy(True, 0, 64, guards(step)[:12])
-    packed = snapshot_kernel.pack_copies((copy,), step.store.ring.block_table.shape[1])
+    packed = gpu.pack_copies((copy,), step.store.ring.block_table.shape[1])
     buffer = torch.full((8, packed.shape[1]), 99, dtype=torch.int32)
     buffer[0, 0] = 0
-    args = (step.k, step.v, step.store.heads, step.caches, step.batch)
+    ring = dataclasses.replace(step.store.ring, orders=buffer)
+    step.caches = dataclasses.replace(step.caches, ring=ring)
+    args = (step.k, step.v, step.heads, step.caches, step.batch)
     before = clone(step.caches)
-    snapshot_kernel.copy_snapshots(*args, orders=buffer)
+    snapshot_kernel.copy_snapshots(*args)
     assert same(step.caches.streaming, before.streaming)
     buffer[: len(packed)] = packed
-    snapshot_kernel.copy_snapshots(*args, orders=buffer)
+    snapshot_kernel.copy_snapshots(*args)
     expected = dataclasses.replace(before, ring=dataclasses.replace(before.ring, copies=(copy,)))
     snapshot_reference.copy_snapshots(*args[:3], expected, step.batch)
     assert same(step.caches.streaming, expected.streaming)
+
+
+def test_triton_write_gives_no_slot_to_two_tokens(monkeypatch):
+    """Which of two would win is a race on a GPU; the interpreter would let the later one."""
+    written = []
+    store = interpreter.interpreter_builder.create_masked_store
+
+    def spy(pointers, value, mask, *args):
+        written.append(pointers.data[mask.data])
+        return store(pointers, value, mask, *args)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_masked_store", spy)
+    sizes = {"sink_size": 7, "recent_size": 11, "streaming_block_size": 5}
+    step = make_step([True, False], [3, 40], [70, 19], head_size=16, **sizes)
+    write_kernel.write_kv(step.k, step.v, step.heads, step.caches, step.batch)
+    addresses = np.concatenate(written)
+    assert len(np.unique(addresses)) == len(addresses)
+    assert len(addresses) == 2 * 16 * (89 + 4 + 11 + 11)

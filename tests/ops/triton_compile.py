@@ -75,6 +75,7 @@ def launch_all(dtype, head_size, group, query_len):
     """Call every operator once with the shapes of a layer with both classes."""
     from vllm_duo.ops.decode import triton as decode
     from vllm_duo.ops.prefill import triton as prefill
+    from vllm_duo.ops.snapshot import triton as snapshot
     from vllm_duo.ops.write_kv import triton as write_kv
 
     mask = torch.tensor([True, False, True, False])
@@ -84,13 +85,14 @@ def launch_all(dtype, head_size, group, query_len):
         torch.zeros(3, 2, 16, 2 * head_size, dtype=dtype),
         PagedTable(table, 16),
         torch.zeros(3, 2, 16, 2 * head_size, dtype=dtype),
-        RingTable(table, 16, 64, 256, 256),
+        RingTable(table, 16, 64, 256, 256, orders=torch.zeros(9, 68, dtype=torch.int32)),
     )
     tokens = query_len + 100
     q = torch.zeros(tokens, 4 * group, head_size, dtype=dtype)
     k, v = torch.zeros(2, tokens, 4, head_size, dtype=dtype)
     batch = Batch.from_host([0, query_len, tokens], [1000, 1000], 1)
     write_kv.write_kv(k, v, heads, caches, batch)
+    snapshot.copy_snapshots(k, v, heads, caches, batch)
     decode.decode(q, k, v, heads, caches, batch, 0.1, torch.empty_like(q))
     prefill.prefill(q, k, v, heads, caches, batch, 0.1, torch.empty_like(q))
 

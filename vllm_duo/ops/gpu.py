@@ -7,22 +7,53 @@ contents or waits for the device: what decides a launch is known on the host.
 from __future__ import annotations
 
 import functools
+import importlib
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 
-from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
+from vllm_duo.ops.batch import (
+    Batch,
+    HeadMap,
+    LayerCaches,
+    PagedTable,
+    RingTable,
+    SnapshotCopy,
+)
+
+RetrievalPrefill = Callable[[torch.Tensor, HeadMap, LayerCaches, Batch, float, torch.Tensor], None]
+"""Attention of the prefills' retrieval heads: query, heads, caches, batch, scale, output."""
 
 INTERPRETED_PROGRAMS = 6
 """Programs to spread decode over without a GPU: few enough that a test splits and merges."""
 
 PROGRAMS_PER_PROCESSOR = 2
 
+MAX_DECODE_QUERY = 8
+"""Longest query of the decode kernel, in tokens: one and up to seven drafts."""
+
+ORDER_HEADER = 4
+"""Numbers before the blocks of a snapshot copy: 1 to store or 0 to restore, request, tokens, blocks."""
+
 
 def runs(tensor: torch.Tensor) -> bool:
     """Whether the Triton kernels serve this tensor."""
     return tensor.is_cuda
+
+
+def implementation(tensor: torch.Tensor, reference: ModuleType) -> ModuleType:
+    """The operator's module for this tensor: its Triton kernel on a GPU, else the reference.
+
+    Args:
+        tensor: decides by its device.
+        reference: the operator's ``reference`` module, beside which ``triton`` lies.
+    """
+    if not runs(tensor):
+        return reference
+    return importlib.import_module(f"{reference.__package__}.triton")
 
 
 @functools.cache
@@ -141,6 +172,16 @@ def longest_query(batch: Batch, first: int, last: int) -> int:
     return int(batch.query_lens[first:last].max(initial=0))
 
 
+def decode_rows(longest: int, group: int) -> int:
+    """Rows of a decode tile: the queries of a request times the query heads of a KV head."""
+    return block(longest * group, 16)
+
+
+def reserve(device: torch.device, longest: int, group: int, head_size: int) -> None:
+    """Get the decode workspace of the longest queries before any CUDA graph is captured."""
+    workspace(device, 2 * num_programs(device) * decode_rows(longest, group), head_size)
+
+
 def tile_tokens(head_size: int, element_bytes: int) -> int:
     """Keys of a tile: its keys and values fill 32 KiB of shared memory at most."""
     return min(64, max(16, 16384 // (block(head_size, 16) * element_bytes)))
@@ -171,3 +212,24 @@ def workspace(device: torch.device, rows: int, head_size: int) -> tuple[torch.Te
         kept.append(torch.empty(needed, dtype=torch.float32, device=device))
     flat = kept[-1]
     return flat[: rows * head_size].view(rows, head_size), flat[rows * head_size : needed]
+
+
+def pack_copies(copies: Sequence[SnapshotCopy], width: int) -> torch.Tensor:
+    """A step's snapshot copies as their kernel takes them, on the device of their blocks.
+
+    Args:
+        copies: of the step, in order; at least one.
+        width: columns of the ring's block table.
+
+    Returns:
+        [1 + copies, ORDER_HEADER + width] int32: the number of copies, then one row a copy.
+    """
+    packed = torch.zeros(1 + len(copies), ORDER_HEADER + width, dtype=torch.int32)
+    packed[0, 0] = len(copies)
+    for row, copy in zip(packed[1:], copies, strict=True):
+        header = (int(copy.store), copy.row, copy.num_tokens, len(copy.blocks))
+        row[:ORDER_HEADER] = torch.tensor(header, dtype=torch.int32)
+    packed = packed.to(copies[0].blocks.device)
+    for row, copy in zip(packed[1:], copies, strict=True):
+        row[ORDER_HEADER : ORDER_HEADER + len(copy.blocks)] = copy.blocks
+    return packed

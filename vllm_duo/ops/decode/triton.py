@@ -19,9 +19,6 @@ from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.triton_tools import fold_slots, fold_tokens
 
-MAX_QUERY_LEN = 8
-"""Longest decode query, in tokens: one and up to seven drafts."""
-
 
 @triton.jit
 def _splits(
@@ -443,7 +440,7 @@ def decode(
     scale: float,
     output: torch.Tensor,
 ) -> None:
-    """See ``vllm_duo.ops.decode``; no request's query may be longer than ``MAX_QUERY_LEN``.
+    """See ``vllm_duo.ops.decode``; no request's query may be longer than ``gpu.MAX_DECODE_QUERY``.
 
     Raises:
         ValueError: a query is too long, or a tensor is not contiguous in its last dimension.
@@ -451,9 +448,9 @@ def decode(
     longest = gpu.longest_query(batch, 0, batch.num_decodes)
     if longest == 0:
         return
-    if longest > MAX_QUERY_LEN:
+    if longest > gpu.MAX_DECODE_QUERY:
         raise ValueError(
-            f"the decode kernel takes queries of at most {MAX_QUERY_LEN} tokens, got {longest}: "
+            f"the decode kernel takes queries of at most {gpu.MAX_DECODE_QUERY} tokens, got {longest}: "
             "let prefill serve longer ones"
         )
     gpu.check_rows(query=query, key=key, value=value, output=output)
@@ -462,7 +459,7 @@ def decode(
     head_size = key.shape[-1]
     group = query.shape[1] // heads.num_kv_heads
     programs = gpu.num_programs(key.device)
-    block_m = gpu.block(longest * group, 16)
+    block_m = gpu.decode_rows(longest, group)
     # A split has less than twice its share of tiles, so partials are fewer than twice the programs.
     acc, lse = gpu.workspace(key.device, 2 * programs * block_m, head_size)
     shared = {

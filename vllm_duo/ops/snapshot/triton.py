@@ -13,11 +13,8 @@ import triton
 import triton.language as tl
 
 from vllm_duo.ops import gpu
-from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, SnapshotCopy
+from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.triton_tools import load_rows, position_in
-
-HEADER = 4
-"""Numbers before the blocks of a copy: 1 to store or 0 to restore, request, tokens, blocks."""
 
 SLOTS = 32
 """Slots of a program at most."""
@@ -99,54 +96,23 @@ def _copy_snapshots(
             tl.debug_barrier()
 
 
-def pack_copies(copies: tuple[SnapshotCopy, ...], width: int) -> torch.Tensor:
-    """The kernel's orders, on the device of the copies' blocks.
-
-    Args:
-        copies: of the step, in order.
-        width: columns of the ring's block table.
-
-    Returns:
-        [1 + copies, HEADER + width] int32: the number of copies, then one row a copy.
-    """
-    device = copies[0].blocks.device
-    packed = torch.zeros(1 + len(copies), HEADER + width, dtype=torch.int32)
-    packed[0, 0] = len(copies)
-    for row, copy in zip(packed[1:], copies, strict=True):
-        header = (int(copy.store), copy.row, copy.num_tokens, len(copy.blocks))
-        row[:HEADER] = torch.tensor(header, dtype=torch.int32)
-    packed = packed.to(device, non_blocking=True)
-    for index, copy in enumerate(copies):
-        packed[1 + index, HEADER : HEADER + len(copy.blocks)] = copy.blocks
-    return packed
-
-
 def copy_snapshots(
     key: torch.Tensor,
     value: torch.Tensor,
     heads: HeadMap,
     caches: LayerCaches,
     batch: Batch,
-    orders: torch.Tensor | None = None,
 ) -> None:
-    """See ``vllm_duo.ops.snapshot``.
-
-    Args:
-        key: [T, Hkv, D].
-        value: [T, Hkv, D].
-        heads: the layer's head classes.
-        caches: the streaming cache is mutated in place.
-        batch: the step's requests.
-        orders: a buffer as of ``pack_copies`` to carry out instead of the ring's copies.
-    """
+    """See ``vllm_duo.ops.snapshot``; carries out the ring's ``orders`` where it has them."""
     ring = caches.ring
     _, streaming = gpu.class_arguments(heads, caches, key, retrieval=False)
-    if ring is None or streaming.count == 0 or (orders is None and not ring.copies):
+    if ring is None or streaming.count == 0 or (ring.orders is None and not ring.copies):
         return
     gpu.check_rows(key=key, value=value)
     width = ring.block_table.shape[1]
+    orders = ring.orders
     if orders is None:
-        orders = batch.memo(("orders", ring), lambda: pack_copies(ring.copies, width))
+        orders = batch.memo(("orders", ring), lambda: gpu.pack_copies(ring.copies, width))
     head_size = key.shape[-1]
     block_p = min(gpu.block(ring.block_size), SLOTS)
     _copy_snapshots[(width, streaming.count, triton.cdiv(ring.block_size, block_p))](
@@ -163,7 +129,7 @@ def copy_snapshots(
         ring.ring_size,
         PAGE=ring.block_size,
         HEAD=head_size,
-        HEADER=HEADER,
+        HEADER=gpu.ORDER_HEADER,
         BLOCK_P=block_p,
         BLOCK_D=gpu.block(head_size),
     )
