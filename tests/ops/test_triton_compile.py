@@ -36,6 +36,7 @@ def assert_fits(kernels, cases):
         assert kernel["local_bytes"] == 0, kernel
 
 
+@pytest.mark.slow
 def test_triton_kernels_compile_for_hopper(tmp_path):
     cases = [(90, "bfloat16", 128, 4, 1)]
     assert_fits(compiled(cases, tmp_path), cases)

@@ -73,7 +73,7 @@ def test_triton_decode_leaves_the_other_requests_alone():
     assert output[1:].isnan().all()
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5, 64])
+@pytest.mark.parametrize("programs", [1, 2, 5])
 def test_triton_decode_does_not_depend_on_the_split(programs, monkeypatch):
     monkeypatch.setattr(gpu, "num_programs", lambda _: programs)
     monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
