@@ -30,29 +30,31 @@ def compiled(cases, cache):
 def assert_fits(kernels, cases):
     names = [kernel["kernel"] for kernel in kernels]
     each = ["_write_kv", "_copy_snapshots", "_decode", "_merge", "_prefill"]
-    assert names == each * len(cases)
+    expected = [n for case in cases for n in each if case[-1] != "retrieval" or "snap" not in n]
+    assert names == expected
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_BYTES[kernel["arch"]], kernel
-        assert kernel["local_bytes"] == 0, kernel
 
 
 @pytest.mark.slow
 def test_triton_kernels_compile_for_hopper(tmp_path):
-    cases = [(90, "bfloat16", 128, 4, 1)]
-    assert_fits(compiled(cases, tmp_path), cases)
+    cases = [(90, "bfloat16", 128, 4, 1, "both")]
+    kernels = compiled(cases, tmp_path)
+    assert_fits(kernels, cases)
+    assert [kernel["stack_bytes"] for kernel in kernels] == [0] * 5
 
 
 @pytest.mark.slow
 def test_triton_kernels_compile_for_every_architecture(tmp_path):
     cases = [
-        (arch, dtype, head_size, group, query)
+        (arch, *shape)
         for arch in SHARED_BYTES
-        for dtype, head_size, group, query in (
-            ("bfloat16", 64, 1, 1),
-            ("float16", 96, 7, 4),
-            ("bfloat16", 128, 8, 8),
-            ("bfloat16", 256, 4, 1),
-            ("float32", 128, 4, 1),
+        for shape in (
+            ("bfloat16", 64, 1, 1, "streaming"),
+            ("float16", 96, 7, 4, "retrieval"),
+            ("bfloat16", 128, 8, 8, "both"),
+            ("bfloat16", 256, 4, 1, "both"),
+            ("float32", 128, 4, 1, "both"),
         )
     ]
     assert_fits(compiled(cases, tmp_path), cases)

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for NVIDIA GPUs, as its public function launches it; needs no GPU.
 
 Run as a module in a process of its own, without ``TRITON_INTERPRET``: prints one JSON object a kernel
-with its shared memory, registers and spilled bytes. Launches are caught, not carried out.
+with its shared memory, registers and stack. Launches are caught, not carried out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -59,7 +60,7 @@ def compile_launch(kernel, args, kwargs, target):
 
 
 def resources(cubin):
-    """Registers a thread and bytes of stack and local memory, from the compiled object."""
+    """Registers of a thread and its bytes of stack (spilled registers), from the compiled object."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -67,30 +68,45 @@ def resources(cubin):
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         name: int(re.search(rf"{key}:(\d+)", text)[1])
-        for name, key in (("registers", "REG"), ("stack_bytes", "STACK"), ("local_bytes", "LOCAL"))
+        for name, key in (("registers", "REG"), ("stack_bytes", "STACK"))
     }
 
 
-def launch_all(dtype, head_size, group, query_len):
-    """Call every operator once with the shapes of a layer with both classes."""
+MASKS = {
+    "both": [True, False, True, False],
+    "retrieval": [True] * 4,
+    "streaming": [False] * 4,
+}
+
+
+def launch_all(dtype, head_size, group, query_len, mask):
+    """Call every operator once, for two decodes and two prefills."""
     from vllm_duo.ops.decode import triton as decode
     from vllm_duo.ops.prefill import triton as prefill
     from vllm_duo.ops.snapshot import triton as snapshot
     from vllm_duo.ops.write_kv import triton as write_kv
 
-    mask = torch.tensor([True, False, True, False])
-    heads = HeadMap.from_mask(mask.numpy(), torch.device("cpu"))
-    table = torch.ones(2, 64, dtype=torch.int32)
+    heads = HeadMap.from_mask(np.array(MASKS[mask]), torch.device("cpu"))
+    table = torch.ones(4, 64, dtype=torch.int32)
+    paged = PagedTable(table, 16)
+    orders = torch.zeros(9, 68, dtype=torch.int32)
+    ring = RingTable(table, 16, 64, 256, 256, orders=orders)
+
+    def cache(picked):
+        return torch.zeros(3, len(picked), 16, 2 * head_size, dtype=dtype) if len(picked) else None
+
+    retrieval, streaming = cache(heads.retrieval), cache(heads.streaming)
     caches = LayerCaches(
-        torch.zeros(3, 2, 16, 2 * head_size, dtype=dtype),
-        PagedTable(table, 16),
-        torch.zeros(3, 2, 16, 2 * head_size, dtype=dtype),
-        RingTable(table, 16, 64, 256, 256, orders=torch.zeros(9, 68, dtype=torch.int32)),
+        retrieval,
+        None if retrieval is None else paged,
+        streaming,
+        None if streaming is None else ring,
     )
-    tokens = query_len + 100
+    starts = np.array([0, query_len, 2 * query_len, 2 * query_len + 40, 2 * query_len + 100])
+    tokens = int(starts[-1])
     q = torch.zeros(tokens, 4 * group, head_size, dtype=dtype)
     k, v = torch.zeros(2, tokens, 4, head_size, dtype=dtype)
-    batch = Batch.from_host([0, query_len, tokens], [1000, 1000], 1)
+    batch = Batch.from_host(starts, [1000] * 4, 2)
     write_kv.write_kv(k, v, heads, caches, batch)
     snapshot.copy_snapshots(k, v, heads, caches, batch)
     decode.decode(q, k, v, heads, caches, batch, 0.1, torch.empty_like(q))
@@ -98,14 +114,20 @@ def launch_all(dtype, head_size, group, query_len):
 
 
 def main():
-    for arch, dtype, head_size, group, query_len in json.loads(sys.argv[1]):
+    for arch, dtype, head_size, group, query_len, mask in json.loads(sys.argv[1]):
         launches = []
         capture(launches)
         gpu._heads.clear()
-        launch_all(getattr(torch, dtype), head_size, group, query_len)
+        launch_all(getattr(torch, dtype), head_size, group, query_len, mask)
         for kernel, args, kwargs in launches:
             result = compile_launch(kernel, args, kwargs, GPUTarget("cuda", arch, 32))
-            shape = {"dtype": dtype, "head_size": head_size, "group": group, "query": query_len}
+            shape = {
+                "dtype": dtype,
+                "head_size": head_size,
+                "group": group,
+                "query": query_len,
+                "mask": mask,
+            }
             print(json.dumps({**shape, **result}), flush=True)
 
 

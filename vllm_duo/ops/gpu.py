@@ -187,6 +187,11 @@ def tile_tokens(head_size: int, element_bytes: int) -> int:
     return min(64, max(16, 16384 // (block(head_size, 16) * element_bytes)))
 
 
+def num_warps(head_size: int, element_bytes: int) -> int:
+    """Warps of an attention program: four spill registers once rows are 512 bytes long."""
+    return 8 if block(head_size, 16) * element_bytes >= 512 else 4
+
+
 _workspaces: dict[torch.device, list[torch.Tensor]] = {}
 
 

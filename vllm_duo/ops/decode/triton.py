@@ -495,7 +495,7 @@ def decode(
         R_PAGE=of_retrieval.page,
         S_PAGE=of_streaming.page,
         BLOCK_C=16,
-        num_warps=4,
+        num_warps=gpu.num_warps(head_size, key.element_size()),
         num_stages=2,
         **shared,
     )

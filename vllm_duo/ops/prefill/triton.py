@@ -370,6 +370,6 @@ def prefill(
         BLOCK_N=gpu.tile_tokens(head_size, key.element_size()),
         BLOCK_D=gpu.block(head_size, 16),
         BLOCK_B=gpu.block(num_reqs),
-        num_warps=4,
+        num_warps=gpu.num_warps(head_size, key.element_size()),
         num_stages=2,
     )
