@@ -44,6 +44,10 @@ def write_streaming(
 
     To be called after ``decode`` and ``prefill``: these read the ring as it was before the step.
     """
+    if cpu.runs(key):
+        cpu.run(cpu.WRITE_STREAMING, None, key, value, heads, caches, batch)
+        return
+    gpu.implementation(key, reference).write_streaming(key, value, heads, caches, batch)
 
 
 def write_kv(
