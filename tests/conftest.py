@@ -1,6 +1,8 @@
-"""Set before torch and vLLM are imported; and which tests must stay together."""
+"""Set before torch, vLLM and Triton are imported; and which tests stay together or are skipped."""
 
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -8,13 +10,27 @@ import pytest
 # while another process (a server under test, the suite's other half) uses the other core.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Without an NVIDIA device the Triton kernels run in Triton's interpreter. It has to be chosen before
+# Triton's own library is imported; only this process runs it, the servers that tests start do not.
+HAS_DEVICE = Path("/dev/nvidiactl").exists()
+if not HAS_DEVICE and importlib.util.find_spec("triton") is not None:
+    chosen = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
+    if chosen is None:
+        del os.environ["TRITON_INTERPRET"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The suite runs in two processes (pytest-xdist); a file's tests stay in one of them.
+    """Keep tests together that share something costly, and say why a test of the GPU does not run.
 
-    So do all files that ask the session's one server: a second one would cost more than it brings.
+    The suite runs in two processes (pytest-xdist); a file's tests stay in one of them. So do all files
+    that ask the session's one server: a second one would cost more than it brings.
     """
     users = {item.path for item in items if "half_server" in getattr(item, "fixturenames", ())}
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU: this machine has no /dev/nvidiactl")
     for item in items:
         group = "half_server" if item.path in users else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("gpu") and not HAS_DEVICE:
+            item.add_marker(no_gpu)

@@ -12,7 +12,8 @@ from vllm_duo.config import DuoConfig, ResolvedDuo, resolve
 from vllm_duo.heads import HeadPattern
 
 TOKENS = "a whole number of tokens from"
-KEYS = "pattern, sparsity, threshold, sink_size, recent_size, snapshot_interval"
+KEYS = "pattern, sparsity, threshold, sink_size, recent_size, snapshot_interval, "
+KEYS += "retrieval_prefill, untested_gpu"
 
 
 def read(**settings) -> DuoConfig:
@@ -33,7 +34,7 @@ class TestReading:
 
     def test_every_key_is_read(self):
         settings = {"pattern": "x", "sparsity": 0.25, "sink_size": 4, "recent_size": 16}
-        settings["snapshot_interval"] = 512
+        settings |= {"snapshot_interval": 512, "retrieval_prefill": "triton", "untested_gpu": True}
         assert read(**settings).model_dump() == {**settings, "threshold": None}
 
     def test_threshold_is_read(self):

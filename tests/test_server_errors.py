@@ -252,12 +252,36 @@ class TestRefusals:
     def test_they_come_before_a_missing_pattern(self, serve):
         assert reasons_of(serve, MISTRAL, table=None) == [WINDOW]
 
-    def test_other_platform(self, monkeypatch):
-        # This vLLM knows one platform only, so another one is a stand-in.
-        cuda = SimpleNamespace(device_name="cuda", is_cpu=lambda: False)
-        monkeypatch.setattr(vllm.platforms, "current_platform", cuda, raising=False)
-        (reason,) = support.platform_refusals()
-        assert reason.startswith("the platform cuda: this release of vllm-duo has kernels for")
+    # This vLLM knows one platform only, so other ones are stand-ins.
+    @pytest.fixture
+    def platform(self, monkeypatch):
+        def choose(name):
+            platform = SimpleNamespace(
+                device_name=name, is_cpu=lambda: False, is_cuda=lambda: name == "cuda"
+            )
+            monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
+
+        return choose
+
+    def test_other_platform(self, platform):
+        platform("rocm")
+        (reason,) = support.platform_refusals({"duo": {"untested_gpu": True}})
+        assert reason == "the platform rocm: vllm-duo has kernels for CPUs and for NVIDIA GPUs"
+
+    @pytest.mark.parametrize("settings", [None, {}, {"duo": {"untested_gpu": False}}])
+    def test_gpu_is_untested(self, platform, settings):
+        platform("cuda")
+        (reason,) = support.platform_refusals(settings)
+        assert "never on a GPU" in reason
+        assert '"untested_gpu": true' in reason
+
+    def test_gpu_may_be_tried(self, platform):
+        platform("cuda")
+        assert list(support.platform_refusals({"duo": {"untested_gpu": True}})) == []
+
+    def test_kernel_of_a_gpu_on_a_cpu(self, serve):
+        (reason,) = reasons_of(serve, duo={"retrieval_prefill": "flash-attn"})
+        assert reason.startswith("\"retrieval_prefill\": 'flash-attn': it chooses a GPU's kernel")
 
 
 class TestPatterns:

@@ -43,6 +43,9 @@ _SinkSize = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=0, le=M
 _RecentSize = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1, le=MAX_SIZE_TOKENS)]
 _Interval = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1, le=MAX_SIZE_TOKENS)]
 
+_Flag = Annotated[bool, Field(strict=True)]
+RetrievalPrefill = Literal["auto", "triton", "flash-attn", "flashinfer"]
+
 _SIZE_CHECKS = {"sink_size": TypeAdapter(_SinkSize), "recent_size": TypeAdapter(_RecentSize)}
 _ALLOWED = {
     "pattern": "a pattern folder or the name of a shipped pattern",
@@ -51,6 +54,8 @@ _ALLOWED = {
     "sink_size": f"a whole number of tokens from 0 to {MAX_SIZE_TOKENS}",
     "recent_size": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
     "snapshot_interval": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
+    "retrieval_prefill": "auto, triton, flash-attn or flashinfer",
+    "untested_gpu": "true or false",
 }
 
 
@@ -65,6 +70,8 @@ class DuoConfig(BaseModel):
         recent_size: most recent tokens that streaming heads keep, the current one included.
         snapshot_interval: with prefix caching, tokens between the regular snapshots of streaming
             heads, rounded up to whole blocks.
+        retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
+        untested_gpu: whether a server may start on a GPU, where this release has never run.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +82,8 @@ class DuoConfig(BaseModel):
     sink_size: _SinkSize | None = None
     recent_size: _RecentSize | None = None
     snapshot_interval: _Interval = DEFAULT_SNAPSHOT_INTERVAL
+    retrieval_prefill: RetrievalPrefill = "auto"
+    untested_gpu: _Flag = False
 
     @model_validator(mode="after")
     def _refuse_two_cuts(self) -> Self:
@@ -110,6 +119,7 @@ class ResolvedDuo:
         sink_size: tokens.
         recent_size: tokens.
         snapshot_interval: tokens between the regular snapshots, with prefix caching.
+        retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
         cut: which setting made the selection, and `cut_value` its value.
         cut_source: "setting" or "default"; likewise `sink_source` and `recent_source`, which may
             also be "pattern".
@@ -124,6 +134,7 @@ class ResolvedDuo:
     sink_source: Source
     recent_source: Source
     snapshot_interval: int = DEFAULT_SNAPSHOT_INTERVAL
+    retrieval_prefill: RetrievalPrefill = "auto"
 
 
 def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
@@ -161,6 +172,7 @@ def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
         sink_source=sink_source,
         recent_source=recent_source,
         snapshot_interval=config.snapshot_interval,
+        retrieval_prefill=config.retrieval_prefill,
     )
 
 

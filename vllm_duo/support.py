@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.config import SECTION
 from vllm_duo.model_facts import ModelFacts, model_refusals
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ UNQUANTISED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 def refusals(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this server cannot run with duo; empty where it can."""
     return [
-        *platform_refusals(),
+        *platform_refusals(vllm_config.additional_config),
         *model_refusals(facts_of(vllm_config.model_config)),
         *_parallelism(vllm_config),
         *_features(vllm_config),
@@ -47,14 +48,30 @@ def refuse(reasons: list[str]) -> None:
         )
 
 
-def platform_refusals() -> Iterator[str]:
-    """Why duo cannot serve on the platform that vLLM chose, if so."""
+def platform_refusals(additional_config: Any = None) -> Iterator[str]:
+    """Why duo cannot serve on the platform that vLLM chose, if so.
+
+    Args:
+        additional_config: vLLM's, which may allow a platform that is untested.
+    """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    section = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    settings: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
+    if current_platform.is_cpu():
+        chosen = settings.get("retrieval_prefill", "auto")
+        if chosen != "auto":
+            yield f'"retrieval_prefill": {chosen!r}: it chooses a GPU\'s kernel, remove it'
+    elif not current_platform.is_cuda():
         yield (
-            f"the platform {current_platform.device_name}: this release of vllm-duo has kernels "
-            "for vLLM's CPU platform only"
+            f"the platform {current_platform.device_name}: vllm-duo has kernels for CPUs and for "
+            "NVIDIA GPUs"
+        )
+    elif settings.get("untested_gpu") is not True:
+        yield (
+            f"the platform {current_platform.device_name}: this release's GPU kernels have run in "
+            "Triton's interpreter only, never on a GPU (docs/gpu.md); to try them all the same, set "
+            '"untested_gpu": true in the "duo" section of --additional-config'
         )
 
 
@@ -113,6 +130,8 @@ def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
     ):
         if reason := parallel_refusal(name, value):
             yield reason
+    if parallel.use_ubatching:
+        yield "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace"
 
 
 def _features(vllm_config: VllmConfig) -> Iterator[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.attention.impl import DuoAttentionImpl
@@ -19,6 +23,7 @@ from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.metrics import DuoStatLogger
+from vllm_duo.ops.prefill import flash
 
 Check = Callable[[Any], str | None]
 
@@ -69,6 +74,17 @@ def names(*globals_: str) -> Check:
     return check
 
 
+def beside(*lines: str) -> Check:
+    """The symbol's module has these lines."""
+
+    def check(symbol: Any) -> str | None:
+        source = inspect.getsource(inspect.getmodule(symbol))
+        lost = [line for line in lines if line not in source]
+        return f"no longer has {lost} beside it" if lost else None
+
+    return check
+
+
 VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 REGISTRY = "vllm.v1.attention.backends.registry"
 BACKEND = "vllm.v1.attention.backend"
@@ -83,6 +99,7 @@ GROUPS_CALLER = (
 )
 COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
+FLASH = "vllm.v1.attention.backends.fa_utils"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 
 # By our file: symbol (module:attribute) and check; None asks only that it exists.
@@ -119,7 +136,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.config:ModelConfig.get_sliding_window", None),
         ("vllm.config:ModelConfig.get_head_size", None),
         ("vllm.config:ParallelConfig", members("tensor_parallel_size", "pipeline_parallel_size")),
-        ("vllm.config:ParallelConfig", members("data_parallel_size")),
+        ("vllm.config:ParallelConfig", members("data_parallel_size", "use_ubatching")),
         (
             "vllm.config:ParallelConfig",
             members("decode_context_parallel_size", "prefill_context_parallel_size"),
@@ -272,6 +289,14 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             members("supported_dtypes", "supported_kv_cache_dtypes"),
         ),
         (f"{BACKEND}:AttentionBackend", members("forward_includes_kv_cache_update")),
+        (f"{BACKEND}:AttentionBackend.supports_compute_capability", takes("capability")),
+        ("vllm.platforms.interface:DeviceCapability", members("major", "minor")),
+    ],
+    "attention/retrieval_prefill.py": [
+        (f"{FLASH}:get_flash_attn_version", takes("head_size")),
+        (f"{FLASH}:is_flash_attn_varlen_func_available", None),
+        # Bound on a GPU alone.
+        (f"{FLASH}:get_flash_attn_version", beside("        flash_attn_varlen_func,\n")),
     ],
     "attention/impl.py": [
         ("vllm.config:get_current_vllm_config", None),
@@ -299,6 +324,20 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             f"{BACKEND}:AttentionMetadataBuilder",
             members("reorder_batch_threshold", "_init_reorder_batch_threshold"),
         ),
+        (
+            f"{BACKEND}:AttentionMetadataBuilder._init_reorder_batch_threshold",
+            takes("supports_spec_as_decode"),
+        ),
+        (f"{BACKEND}:AttentionMetadataBuilder", members("_cudagraph_support")),
+        (f"{BACKEND}:AttentionCGSupport", members("UNIFORM_BATCH")),
+        (
+            f"{BACKEND}:CommonAttentionMetadata",
+            members("seq_lens_cpu_upper_bound", "max_seq_len"),
+        ),
+        ("vllm.config:ModelConfig.get_num_attention_heads", takes("parallel_config")),
+        ("vllm.config:ModelConfig.get_num_kv_heads", takes("parallel_config")),
+        ("vllm.config:SchedulerConfig", members("max_num_seqs")),
+        ("vllm.config:CacheConfig", members("enable_prefix_caching")),
     ],
     "metrics.py": [
         ("vllm.plugins:STAT_LOGGER_PLUGINS_GROUP", is_("vllm.stat_logger_plugins")),
@@ -329,6 +368,19 @@ def test_symbol(file, symbol, check):
         pytest.fail(f"{symbol} is gone, vllm_duo/{file} uses it: {error}")
     problem = check(found) if check else None
     assert problem is None, f"{symbol} {problem}, vllm_duo/{file} relies on it"
+
+
+def test_flash_attention_takes_what_we_pass():
+    """Read, not imported: its module imports on a GPU alone."""
+    path = Path(vllm.__file__).parent / "vllm_flash_attn" / "flash_attn_interface.py"
+    functions = [
+        node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    ]
+    (function,) = [each for each in functions if each.name == "flash_attn_varlen_func"]
+    accepted = {each.arg for each in (*function.args.args, *function.args.kwonlyargs)}
+    passed = set(re.findall(r"^        (\w+)=", inspect.getsource(flash.retrieval_prefill), re.M))
+    assert len(passed) == 11
+    assert passed <= accepted
 
 
 # Classes that vLLM calls: its base class must be all there, and call us as we expect to be called.

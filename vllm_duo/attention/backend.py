@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -62,6 +63,11 @@ class DuoAttentionBackend(AttentionBackend):
     def get_supported_head_sizes(cls) -> list[int]:
         """Head sizes that the operators serve."""
         return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        """The Triton kernels are compiled for Ampere and later (tests/ops/triton_compile.py)."""
+        return capability >= DeviceCapability(8, 0)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -15,10 +15,11 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_duo.attention.metadata import DuoMetadata
+from vllm_duo.attention.retrieval_prefill import server_choice
 from vllm_duo.attention.streaming_cache import SUFFIX, StreamingCache
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.logging import get_logger
-from vllm_duo.ops import cpu
+from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.layer import attend_and_write
 from vllm_duo.server_plan import ServerPlan, resolve_plan
@@ -85,6 +86,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.layer_name: str | None = None
         self.heads: HeadMap | None = None
         self.sibling: StreamingCache | None = None
+        self.retrieval_prefill: gpu.RetrievalPrefill | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Split the layer's heads and describe its caches; safe to call again on a reload."""
@@ -112,7 +114,15 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             context[name + SUFFIX] = self.sibling
         self.layer_name = name
         self.heads = heads
-        _log_kernels()
+        if heads.retrieval.is_cpu:
+            _log_kernels()
+        else:
+            self.retrieval_prefill = server_choice(
+                _plan_of(self.vllm_config).resolved.retrieval_prefill,
+                layer.kv_cache_torch_dtype,
+                self.head_size,
+                self.vllm_config.cache_config.block_size,
+            ).kernel
 
     def forward(
         self,
@@ -149,7 +159,17 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         assert self.heads is not None, "customize_spec checks that heads were split"
         caches = self._caches(kv_cache, attn_metadata)
         batch = attn_metadata.batch
-        attend_and_write(query, key, value, self.heads, caches, batch, self.scale, output)
+        attend_and_write(
+            query,
+            key,
+            value,
+            self.heads,
+            caches,
+            batch,
+            self.scale,
+            output,
+            self.retrieval_prefill,
+        )
         return output
 
     def _caches(self, kv_cache: torch.Tensor, own: DuoMetadata) -> LayerCaches:

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
 
+from vllm_duo.attention.snapshot_buffer import ORDERS_PER_REQUEST, SnapshotBuffer
 from vllm_duo.kv_cache.orders import SnapshotOrder
 from vllm_duo.kv_cache.spec import StreamingSpec
-from vllm_duo.ops.batch import Batch, PagedTable, RingTable, SnapshotCopy
+from vllm_duo.ops import gpu
+from vllm_duo.ops.batch import Batch, IntArray, PagedTable, RingTable, SnapshotCopy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,9 +43,14 @@ class DuoMetadata(AttentionMetadata):
 class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
     """Builds ``DuoMetadata``; one instance per group and spec, sharing the step's work.
 
-    vLLM moves decodes (one query token) to the front of the batch for us.
+    vLLM moves decodes (one query token, and its drafts) to the front of the batch for us.
+
+    On a GPU the operators read vLLM's own device buffers, which keep their place from step to step,
+    and everything else that they need is known on the host: so the metadata of a batch of decodes can
+    be captured in a CUDA graph as it is, padding included.
     """
 
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     reorder_batch_threshold: int | None = 1
 
     # The last step's batch and tables. vLLM makes new views of its buffers for each step and one
@@ -59,7 +70,25 @@ class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._orders: SnapshotBuffer | None = None
+        if device.type == "cuda":
+            self._prepare_gpu()
+
+    def _prepare_gpu(self) -> None:
+        """Allocate before anything is captured: the decode workspace, the buffer of copies."""
+        config, spec = self.vllm_config, self.kv_cache_spec
+        model, parallel = config.model_config, config.parallel_config
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        gpu.reserve(self.device, self._decode_threshold, group, spec.head_size)
+        if isinstance(spec, StreamingSpec) and config.cache_config.enable_prefix_caching:
+            most = ORDERS_PER_REQUEST * config.scheduler_config.max_num_seqs
+            self._orders = SnapshotBuffer.allocate(most, spec.span.max_blocks, self.device)
+
+    @property
+    def _decode_threshold(self) -> int:
+        """Longest query that ``decode`` serves, in tokens."""
+        return min(self.reorder_batch_threshold or 1, gpu.MAX_DECODE_QUERY)
 
     def build(
         self,
@@ -72,7 +101,7 @@ class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
         cls = DuoMetadataBuilder
         start, batch = cls._step
         if start is not common.query_start_loc_cpu or batch is None:
-            batch = make_batch(common)
+            batch = make_batch(common, self._decode_threshold)
             cls._step = (common.query_start_loc_cpu, batch)
         group, table = cls._group
         if group is not common or table is None:
@@ -89,9 +118,15 @@ class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
                 spec.sink_size,
                 spec.recent_size,
                 spec.span.ring_size,
-                _copies(spec.bin, self.device),
+                *self._step_copies(spec.bin),
             )
         return PagedTable(common.block_table_tensor, spec.block_size)
+
+    def _step_copies(self, bin: int) -> tuple[tuple[SnapshotCopy, ...], torch.Tensor | None]:
+        """The step's copies in one bin: as they are, or on a GPU in the buffer."""
+        if self._orders is None:
+            return _copies(bin, self.device), None
+        return (), self._orders.fill(_copies(bin, torch.device("cpu")))
 
 
 @dataclass(frozen=True)
@@ -147,11 +182,16 @@ def _copies(bin: int, device: torch.device) -> tuple[SnapshotCopy, ...]:
     return tuple(copies)
 
 
-def make_batch(common: CommonAttentionMetadata) -> Batch:
+def make_batch(common: CommonAttentionMetadata, longest_decode: int = 1) -> Batch:
     """The step's requests, from vLLM's metadata.
 
-    Decodes are the leading requests with one query token. A prefill's last chunk may have one token
-    too; vLLM leaves it among the prefills, and ``prefill`` serves it like any other chunk.
+    Decodes are the leading requests with few query tokens, and the padding of a captured batch with
+    none. A prefill's last chunk may have one token too; where vLLM leaves it among the prefills,
+    ``prefill`` serves it like any other chunk.
+
+    Args:
+        common: on a GPU the lengths on the host are upper bounds, enough for planning.
+        longest_decode: query tokens of a decode at most.
 
     Raises:
         NotImplementedError: the attention is not causal.
@@ -159,8 +199,17 @@ def make_batch(common: CommonAttentionMetadata) -> Batch:
     if common.causal is not True:
         raise NotImplementedError("--attention-backend duo serves causal attention only")
     start = common.query_start_loc_cpu.numpy().astype(np.int64)
-    seq_lens = common.seq_lens.numpy().astype(np.int64)
     query_lens = np.diff(start)
-    longer = np.flatnonzero(query_lens > 1)
+    longer = np.flatnonzero(query_lens > longest_decode)
     num_decodes = int(longer[0]) if len(longer) else len(query_lens)
-    return Batch(common.query_start_loc, common.seq_lens, num_decodes, start, seq_lens)
+    return Batch(common.query_start_loc, common.seq_lens, num_decodes, start, _host_lens(common))
+
+
+def _host_lens(common: CommonAttentionMetadata) -> IntArray:
+    """[B] tokens of each request, or on a GPU an upper bound: reading them would wait for it."""
+    if common.seq_lens.is_cpu:
+        return common.seq_lens.numpy().astype(np.int64)
+    bound = common.seq_lens_cpu_upper_bound
+    if bound is None:
+        return np.full(len(common.seq_lens), common.max_seq_len, dtype=np.int64)
+    return bound.numpy().astype(np.int64)

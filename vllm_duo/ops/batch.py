@@ -168,6 +168,8 @@ class RingTable:
         recent_size: in tokens.
         ring_size: slots of the ring, in tokens; at least recent_size.
         copies: of the step, to be carried out in this order before its attention.
+        orders: [1 + n, 4 + width] int32, on a GPU: the copies as its kernel takes them
+            (``ops/snapshot/triton.py``), in a buffer that CUDA graphs keep; then ``copies`` is empty.
     """
 
     block_table: torch.Tensor
@@ -176,6 +178,7 @@ class RingTable:
     recent_size: int
     ring_size: int
     copies: tuple[SnapshotCopy, ...] = ()
+    orders: torch.Tensor | None = None
 
     @property
     def slots(self) -> int:

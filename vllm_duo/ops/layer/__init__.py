@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
-from vllm_duo.ops import cpu
+from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.decode import decode
 from vllm_duo.ops.prefill import prefill
@@ -22,12 +24,14 @@ def attend_and_write(
     batch: Batch,
     scale: float,
     output: torch.Tensor,
+    retrieval_prefill: gpu.RetrievalPrefill | None = None,
 ) -> None:
     """Attention of all requests and the writes into both caches; arguments as in ``decode``.
 
     A request may resume at blocks that another one fills in this same step, so retrieval blocks and
     snapshots are written before anybody reads. The ring comes last: the chunk's first queries see
-    keys that its last tokens overwrite. On the CPU one call does it all.
+    keys that its last tokens overwrite. On the CPU one call does it all; ``triton.py`` says what a GPU
+    does. ``retrieval_prefill`` is a GPU's kernel for the prefills' retrieval heads.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or a copy does not fit its request.
@@ -47,6 +51,12 @@ def attend_and_write(
             scale=scale,
             output=output,
             requests=(0, batch.num_reqs),
+        )
+        return
+    if gpu.runs(key):
+        implementation = importlib.import_module("vllm_duo.ops.layer.triton")
+        implementation.attend_and_write(
+            query, key, value, heads, caches, batch, scale, output, retrieval_prefill
         )
         return
     write_retrieval(key, value, heads, caches, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_duo.ops import cpu
+from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.prefill import reference
 from vllm_duo.ops.validate import check_layer, check_query
@@ -57,4 +57,6 @@ def prefill(
         return
     check_layer(key, value, heads, caches, batch)
     check_query(query, key, heads, output)
-    reference.prefill(query, key, value, heads, caches, batch, scale, output)
+    gpu.implementation(key, reference).prefill(
+        query, key, value, heads, caches, batch, scale, output
+    )

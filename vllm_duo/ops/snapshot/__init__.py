@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_duo.ops import cpu
+from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.snapshot import reference
 from vllm_duo.ops.snapshot.reference import check_copy
@@ -35,7 +35,7 @@ def copy_snapshots(
     Raises:
         ValueError: shapes, dtypes or devices disagree, or a copy does not fit its request.
     """
-    if caches.ring is None or not caches.ring.copies:
+    if caches.ring is None or (not caches.ring.copies and caches.ring.orders is None):
         return
     if cpu.runs(key):
         for copy in caches.ring.copies:
@@ -43,4 +43,4 @@ def copy_snapshots(
         cpu.run(cpu.COPY_SNAPSHOTS, None, key, value, heads, caches, batch)
         return
     check_layer(key, value, heads, caches, batch)
-    reference.copy_snapshots(key, value, heads, caches, batch)
+    gpu.implementation(key, reference).copy_snapshots(key, value, heads, caches, batch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_duo.ops import cpu
+from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.validate import check_layer
 from vllm_duo.ops.write_kv import reference
@@ -30,7 +30,7 @@ def write_retrieval(
         cpu.run(cpu.WRITE_RETRIEVAL, None, key, value, heads, caches, batch)
         return
     check_layer(key, value, heads, caches, batch)
-    reference.write_retrieval(key, value, heads, caches, batch)
+    gpu.implementation(key, reference).write_retrieval(key, value, heads, caches, batch)
 
 
 def write_streaming(
@@ -47,7 +47,7 @@ def write_streaming(
     if cpu.runs(key):
         cpu.run(cpu.WRITE_STREAMING, None, key, value, heads, caches, batch)
         return
-    reference.write_streaming(key, value, heads, caches, batch)
+    gpu.implementation(key, reference).write_streaming(key, value, heads, caches, batch)
 
 
 def write_kv(

@@ -1,0 +1,60 @@
+"""The Triton kernels compile for NVIDIA GPUs, as their public functions launch them; needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
+"""Shared memory of a program at most (CUDA programming guide, compute capabilities)."""
+
+
+@pytest.fixture(autouse=True)
+def implementation():
+    return "triton"
+
+
+def compiled(cases, cache):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.ops.triton_compile", json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def assert_fits(kernels, cases):
+    names = [kernel["kernel"] for kernel in kernels]
+    each = ["_write_kv", "_copy_snapshots", "_decode", "_merge", "_prefill"]
+    expected = [n for case in cases for n in each if case[-1] != "retrieval" or "snap" not in n]
+    assert names == expected
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= SHARED_BYTES[kernel["arch"]], kernel
+
+
+@pytest.mark.slow
+def test_triton_kernels_compile_for_hopper(tmp_path):
+    cases = [(90, "bfloat16", 128, 4, 1, "both")]
+    kernels = compiled(cases, tmp_path)
+    assert_fits(kernels, cases)
+    assert [kernel["stack_bytes"] for kernel in kernels] == [0] * 5
+
+
+@pytest.mark.slow
+def test_triton_kernels_compile_for_every_architecture(tmp_path):
+    cases = [
+        (arch, *shape)
+        for arch in SHARED_BYTES
+        for shape in (
+            ("bfloat16", 64, 1, 1, "streaming"),
+            ("float16", 96, 7, 4, "retrieval"),
+            ("bfloat16", 128, 8, 8, "both"),
+            ("bfloat16", 256, 4, 1, "both"),
+            ("float32", 128, 4, 1, "both"),
+        )
+    ]
+    assert_fits(compiled(cases, tmp_path), cases)
