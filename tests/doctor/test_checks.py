@@ -42,7 +42,7 @@ class TestVersions:
 
 
 def test_platform_without_kernels(monkeypatch):
-    cuda = SimpleNamespace(device_name="cuda", is_cpu=lambda: False)
+    cuda = SimpleNamespace(device_name="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
     monkeypatch.setattr(vllm.platforms, "current_platform", cuda, raising=False)
     assert statuses(checks.machine()) == ["failed", "info"]
 

@@ -41,7 +41,9 @@ def implementations() -> list[Implementation]:
             else "the compiled kernels run; VLLM_DUO_OPS=reference selects these",
         ),
         Implementation(
-            name="Triton GPU kernels", runs=False, why="this release has no kernels for GPUs"
+            name="Triton GPU kernels",
+            runs=False,
+            why="only run in Triton's interpreter so far, refused unless untested_gpu is set",
         ),
     ]
 
