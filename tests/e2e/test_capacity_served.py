@@ -32,8 +32,7 @@ PROMPT = 12 * BLOCK + 1
 ANSWER = 31
 MAX_MODEL_LEN = 1024
 SINK, RECENT = 2, 3  # of 385 tokens: 1.3 %, where 64 and 256 of 32k are 1 %
-STOCK_REQUESTS = 100
-POOL_GIB = STOCK_REQUESTS * 13 * BLOCK * LAYERS * KV_HEADS * HEAD_SIZE * 2 * 4 / (1 << 30) + 0.02
+POOL_GIB = 3
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +116,17 @@ def test_a_server_keeps_as_many_requests_as_planned(model, tmp_path):
         )
     )
     planned = int(plan.by_length[0].concurrent_requests)
-    assert int(plan.full.by_length[0].concurrent_requests) == STOCK_REQUESTS
+    planned_stock = int(plan.full.by_length[0].concurrent_requests)
+    assert planned_stock >= 100
 
     with serve(model, tmp_path / "stock.log") as server:
         server.wait_until_ready()
-        stock, waiting = most_running(server, STOCK_REQUESTS + 20)
-    assert (stock, waiting) == (STOCK_REQUESTS, 20)
+        stock, waiting = most_running(server, planned_stock + 20)
+    assert (stock, waiting) == (planned_stock, 20)
 
     arguments = ["--attention-backend", "duo", "--additional-config", json.dumps({"duo": settings})]
     with serve(model, tmp_path / "duo.log", *arguments) as server:
         server.wait_until_ready()
         duo, waiting = most_running(server, planned + 20)
     assert (duo, waiting) == (planned, 20)
-    assert duo / stock >= 1.84  # 26 blocks of stock's bytes, 14 of duo's
+    assert duo / stock >= 1.84  # 14 blocks a request where stock's 13 have the bytes of 26
