@@ -42,8 +42,8 @@ class TestVersions:
 
 
 def test_platform_without_kernels(monkeypatch):
-    cuda = SimpleNamespace(device_name="cuda", is_cpu=lambda: False, is_cuda=lambda: True)
-    monkeypatch.setattr(vllm.platforms, "current_platform", cuda, raising=False)
+    other = SimpleNamespace(device_name="tpu", is_cpu=lambda: False, is_cuda=lambda: False)
+    monkeypatch.setattr(vllm.platforms, "current_platform", other, raising=False)
     assert statuses(checks.machine()) == ["failed", "info"]
 
 
@@ -79,6 +79,13 @@ class TestKernels:
     def test_build_without_them(self, monkeypatch):
         monkeypatch.setattr(available, "CPU_MODULE", "vllm_duo.ops.no_such_module")
         assert self.runs() == [False, True, False]
+
+    @pytest.mark.parametrize(("spec", "broken"), [(object(), False), (None, True)])
+    def test_gpu(self, monkeypatch, spec, broken):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr(available, "find_spec", lambda name: spec)
+        found = available._triton()
+        assert (found.runs, found.is_broken) == (not broken, broken)
 
     def test_module_that_does_not_load(self, compiled, monkeypatch):
         compiled()

@@ -40,12 +40,24 @@ def implementations() -> list[Implementation]:
             if not compiled.runs
             else "the compiled kernels run; VLLM_DUO_OPS=reference selects these",
         ),
-        Implementation(
-            name="Triton GPU kernels",
-            runs=False,
-            why="only run in Triton's interpreter so far, refused unless untested_gpu is set",
-        ),
+        _triton(),
     ]
+
+
+def _triton() -> Implementation:
+    """The kernels for tensors on a GPU."""
+    import torch
+
+    name = "Triton GPU kernels"
+    if not torch.cuda.is_available():
+        return Implementation(name=name, runs=False, why="torch sees no NVIDIA GPU here")
+    if find_spec("triton") is None:
+        return Implementation(
+            name=name, runs=False, why="triton is not installed: pip install triton", is_broken=True
+        )
+    return Implementation(
+        name=name, runs=True, why="for tensors on the GPU; never run on one so far (docs/gpu.md)"
+    )
 
 
 def _compiled() -> Implementation:
