@@ -291,6 +291,8 @@ std::vector<std::string> supported_isas() {
 }  // namespace
 
 NB_MODULE(_cpu, module) {
+    // A step's tables live as long as its batch, which vLLM may still hold as the process ends.
+    nb::set_leak_warnings(false);
     nb::class_<Heads>(module, "Heads")
         .def(nb::init<const std::vector<int32_t>&, const std::vector<int32_t>&>());
     nb::class_<Batch>(module, "Batch")

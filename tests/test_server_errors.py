@@ -294,7 +294,7 @@ class TestPatterns:
     def test_none_found(self, serve, tmp_path):
         with pytest.raises(ValueError, match="no head pattern for model") as caught:
             serve(table=None)
-        assert "`vllm-duo identify` will do it" in str(caught.value)
+        assert "make one with `vllm-duo identify MODEL" in str(caught.value)
 
     @pytest.mark.parametrize(("duo", "message"), BAD_SETTINGS)
     def test_bad_setting(self, serve, duo, message):

@@ -37,8 +37,12 @@ def client_of(server):
     return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
+def token_ids(text):
+    return _tokenizer.encode(text).ids
+
+
 def count_tokens(text):
-    return len(_tokenizer.encode(text).ids)
+    return len(token_ids(text))
 
 
 def prompts(length, count, seed=SEED, *, hidden=False):
