@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.provenance import provenance
 from benchmarks.simulated_config import SHAPES, Kind
 from benchmarks.simulated_engine import SimulatedEngine, make_engine
 
@@ -283,7 +284,8 @@ def main() -> int:
                 results.append(compare(settings, profile=given.profile))
                 report(results[-1])
     if given.out is not None:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
+        record = {"provenance": provenance(), "results": results}
+        given.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
