@@ -14,7 +14,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 1
 
 CSRC := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
 
-.PHONY: help setup demo serve test test-all soak sanitize lint format type clean needle
+.PHONY: help setup demo serve test test-all soak sanitize docs contract lint format type clean needle
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,10 @@ lint: setup  ## ruff, formatting, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+docs: setup  ## Build the documentation into build/site; a warning or a broken link is an error
+	$(BIN)/python tools/compatibility.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup  ## Let ruff format and fix
 	$(BIN)/ruff format .

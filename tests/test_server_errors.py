@@ -58,37 +58,40 @@ TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_star
 WINDOW = "the model's own sliding window (32 tokens)"
 HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
 REFUSED_MODELS = {
-    "sliding window": (MISTRAL, WINDOW),
-    "soft cap": (GEMMA_2, WINDOW, "soft-capped attention logits"),
-    "chunks": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
+    "sliding-window layers": (MISTRAL, WINDOW),
+    "soft-capped logits": (GEMMA_2, WINDOW, "soft-capped attention logits"),
+    "chunked local attention": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
     "ALiBi by model": (BLOOM, "ALiBi position biases"),
     "ALiBi by setting": (FALCON, "ALiBi position biases"),
-    "learned sinks": (
+    "learned attention sinks": (
         GPT_OSS | WINDOWED,
         WINDOW,
         "learned attention sinks (these are logits, not sink tokens)",
     ),
-    "MLA": (
+    "multi-head latent attention (MLA)": (
         DEEPSEEK | MLA,
         "multi-head latent attention (MLA): its cache has no KV heads to split",
         f"the head size 48: {HEAD_SIZES}",
     ),
-    "encoder and decoder": (
+    "encoder-decoder models": (
         WHISPER | ENCODER | DECODER | TOKENS,
         "cross-attention (an encoder-decoder model)",
         "multimodal input: not tested yet",
     ),
-    "Mamba": (JAMBA, "layers without attention (Mamba, linear attention and their like)"),
-    "shared caches": (
+    "Mamba and linear-attention layers": (
+        JAMBA,
+        "layers without attention (Mamba, linear attention and their like)",
+    ),
+    "layers that share a KV cache": (
         GEMMA_3N | FULL | {"num_kv_shared_layers": 1},
         WINDOW,
         "layers that share another layer's KV cache",
     ),
-    "pooling": (
+    "embeddings and pooling": (
         config_json("BertModel", "bert"),
         "the task 'pooling': only text generation keeps a KV cache",
     ),
-    "own KV quantisation": (
+    "quantised KV cache, by the checkpoint": (
         LLAMA
         | {
             "quantization_config": {
@@ -100,57 +103,72 @@ REFUSED_MODELS = {
         },
         "the checkpoint's own KV cache quantisation ({'num_bits': 8, 'type': 'float'})",
     ),
-    "head size": (LLAMA | {"head_dim": 24}, f"the head size 24: {HEAD_SIZES}"),
+    "other head sizes": (LLAMA | {"head_dim": 24}, f"the head size 24: {HEAD_SIZES}"),
+}
+# What docs/compatibility.md calls these models, where it is not by the key above.
+ROWS = {
+    "ALiBi by model": ("ALiBi",),
+    "ALiBi by setting": ("ALiBi",),
+    "encoder-decoder models": ("encoder-decoder models", "multimodal input"),
 }
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
-REFUSED_SETTINGS = [
-    ("--tensor-parallel-size 2: not tested yet, set it to 1", {"tensor_parallel_size": 2}),
-    ("--pipeline-parallel-size 2: not tested yet, set it to 1", {"pipeline_parallel_size": 2}),
-    ("--data-parallel-size 2: not tested yet, set it to 1", {"data_parallel_size": 2}),
-    (
+REFUSED_SETTINGS = {
+    "tensor parallelism": (
+        "--tensor-parallel-size 2: not tested yet, set it to 1",
+        {"tensor_parallel_size": 2},
+    ),
+    "pipeline parallelism": (
+        "--pipeline-parallel-size 2: not tested yet, set it to 1",
+        {"pipeline_parallel_size": 2},
+    ),
+    "data parallelism": (
+        "--data-parallel-size 2: not tested yet, set it to 1",
+        {"data_parallel_size": 2},
+    ),
+    "prefill-context parallelism": (
         "--prefill-context-parallel-size 2: not tested yet, set it to 1",
         {"prefill_context_parallel_size": 2},
     ),
-    (
+    "speculative decoding": (
         "speculative decoding: not tested yet, remove --speculative-config",
         {"speculative_config": NGRAM},
     ),
-    (
+    "quantised KV cache": (
         "--kv-cache-dtype fp8: quantised caches are not tested yet, use auto",
         {"kv_cache_dtype": "fp8"},
     ),
-    (
+    "KV cache in another float type than the model": (
         "--kv-cache-dtype bfloat16 for a model in float32: use auto",
         {"kv_cache_dtype": "bfloat16"},
     ),
-    (
+    "hybrid KV cache manager switched off": (
         "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager",
         {"disable_hybrid_kv_cache_manager": True},
     ),
-    (
+    "KV connectors": (
         "KV connectors (--kv-transfer-config): they do not see the streaming caches",
         {"kv_transfer_config": CONNECTOR},
     ),
-    (
+    "KV cache events": (
         "KV cache events (--kv-events-config): not tested yet",
         {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
     ),
-    ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
-    (
+    "KV-sharing fast prefill": ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
+    "KV offloading": (
         "--kv-offloading-size: the offloading connector does not see the streaming caches",
         {"kv_offloading_size": 1.0},
     ),
-    (
+    "attention that is not causal": (
         "attention that is not causal",
         {"attention_backend": None, "attention_config": {"backend": "duo", "use_non_causal": True}},
     ),
-    (
+    "attention backends per kind of layer": (
         "attention backends per kind of layer: all attention layers must run duo",
         {"attention_backend": None, "attention_config": PER_KIND},
     ),
-]
+}
 BAD_TABLES = {
     "too many layers": (PATTERN + "1.0\t1.0\n", "head pattern has 3 layers, the model has 2"),
     "too few heads": ("1.0\n0.0\n", "has 1 KV heads per layer, the model has 2"),
@@ -173,6 +191,14 @@ BAD_SETTINGS = [
     ({"pattern": "no-such-thing"}, "expected a folder or the name of a shipped pattern"),
     (0.5, "expected an object, got 0.5"),
 ]
+
+
+def refused(cases):
+    """Parameters of which each shows its rows of docs/compatibility.md."""
+    return [
+        pytest.param(case, id=name, marks=pytest.mark.refused(*ROWS.get(name, (name,))))
+        for name, case in cases.items()
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -227,15 +253,17 @@ def reasons_of(serve, *args, **settings) -> list[str]:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("model", REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+    @pytest.mark.parametrize("model", refused(REFUSED_MODELS))
     def test_model(self, serve, model):
         config, *reasons = model
         assert reasons_of(serve, config) == reasons
 
-    @pytest.mark.parametrize(("reason", "settings"), REFUSED_SETTINGS)
-    def test_setting(self, serve, reason, settings):
+    @pytest.mark.parametrize("setting", refused(REFUSED_SETTINGS))
+    def test_setting(self, serve, setting):
+        reason, settings = setting
         assert reasons_of(serve, **settings) == [reason]
 
+    @pytest.mark.refused("model runner V2")
     def test_model_runner_v2(self, serve, monkeypatch):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         (reason,) = reasons_of(serve)
@@ -263,11 +291,13 @@ class TestRefusals:
 
         return choose
 
+    @pytest.mark.refused("other platforms")
     def test_other_platform(self, platform):
         platform("rocm")
         (reason,) = support.platform_refusals({"duo": {"untested_gpu": True}})
         assert reason == "the platform rocm: vllm-duo has kernels for CPUs and for NVIDIA GPUs"
 
+    @pytest.mark.refused("NVIDIA GPUs")
     @pytest.mark.parametrize("settings", [None, {}, {"duo": {"untested_gpu": False}}])
     def test_gpu_is_untested(self, platform, settings):
         platform("cuda")

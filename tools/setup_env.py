@@ -54,7 +54,7 @@ def main() -> int:
         "--reinstall-package",
         "vllm-duo",
         "--editable",
-        f"{ROOT}[cpu,bench,dev]",
+        f"{ROOT}[cpu,bench,docs,dev]",
         str(ROOT / "tools" / "vllm-cpu-metadata"),
     ]
     result = subprocess.run(command, check=False, env={**os.environ, "UV_LINK_MODE": "copy"})

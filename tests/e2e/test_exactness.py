@@ -74,6 +74,13 @@ def pairwise(factors, limit, seed=0):
 PAIRWISE = pairwise(FACTORS, 8)
 
 
+def features_of(case):
+    """What a case shows, as docs/compatibility.md calls it."""
+    grouped = "multi-head attention" if case.group == 1 else "grouped-query attention"
+    shape = (case.family.capitalize(), grouped, f"head size {case.head_size}")
+    return pytest.mark.feature(*shape, "float32", "eager mode", "log-probabilities", "x86-64 CPUs")
+
+
 def prompts_of(lengths, seed=0):
     rng = random.Random(seed)
     return [[rng.randrange(VOCABULARY) for _ in range(n)] for n in lengths]
@@ -105,7 +112,9 @@ def run_case(case, checkpoint, tmp_path, lengths):
         assert mismatches(oracle, prompt, answer.tokens, answer.logprobs) == []
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case), marks=features_of(case)) for case in PAIRWISE]
+)
 def test_served_tokens_are_the_oracles(case, checkpoint, tmp_path):
     run_case(case, checkpoint, tmp_path, LENGTHS)
 

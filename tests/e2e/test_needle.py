@@ -49,11 +49,13 @@ def test_full_attention_finds_the_key(full_accuracy):
     assert min(full_accuracy.values()) >= 0.97, full_accuracy
 
 
+@pytest.mark.feature("completions API")
 def test_half_of_the_heads_streaming_loses_at_most_two_points(half_streams_accuracy, full_accuracy):
     lost = np.mean(list(full_accuracy.values())) - np.mean(list(half_streams_accuracy.values()))
     assert lost <= 0.02, (half_streams_accuracy, full_accuracy)
 
 
+@pytest.mark.feature("chat completions API")
 def test_chat_endpoint_answers_as_well(half_server):
     assert accuracy(half_server, prompts(512, 20), chat=True) >= 0.95
 

@@ -53,6 +53,7 @@ class Cached:
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("chunk", [100, 2048])
+@pytest.mark.feature("prefix caching")
 def test_turns_of_a_chat_resume_where_the_last_one_ended(chunk, name, model, pattern_of):
     rng = random.Random(7)
     history, prompts, answers, hits = [], [], [], []
@@ -72,6 +73,7 @@ def test_turns_of_a_chat_resume_where_the_last_one_ended(chunk, name, model, pat
     assert_right(model, MASKS[name], prompts, answers)
 
 
+@pytest.mark.feature("prefix caching")
 def test_prompts_that_arrive_at_once_share_what_the_first_computes(model, pattern_of):
     """Requests resume in the very step that computes and stores the state they resume at."""
     shared = prompts_of([1500], seed=8)[0]
@@ -108,6 +110,7 @@ def test_the_same_prompt_twice(model, pattern_of):
     assert hits == [(len(prompt) - 1) // 16 * 16 for prompt in prompts]
 
 
+@pytest.mark.feature("prefix caching", "preemption")
 def test_a_small_pool_evicts_and_preempts_and_stays_right(model, pattern_of):
     rng = random.Random(13)
     shared = prompts_of([200, 260], seed=14)

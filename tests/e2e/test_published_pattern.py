@@ -13,6 +13,7 @@ from vllm_duo.kv_cache.layout import KVShape, plan_layout
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.feature("published head patterns")
 def test_the_pattern_is_found_by_the_models_name_and_planned_groups_run(tmp_path):
     model = tmp_path / "Llama-3.1-8B-Instruct"
     LlamaConfig(

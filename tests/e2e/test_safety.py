@@ -105,12 +105,14 @@ class TestAbort:
         self.stepper.add("victim", self.VICTIM)
         self.abort_and_check(oracle)
 
+    @pytest.mark.feature("aborted requests")
     def test_between_two_chunks_of_its_prompt(self, oracle):
         self.stepper.add("victim", self.VICTIM)
         self.stepper.step(2)
         assert 0 < self.stepper.request("victim").num_computed_tokens < len(self.VICTIM)
         self.abort_and_check(oracle)
 
+    @pytest.mark.feature("aborted requests")
     def test_while_it_answers(self, oracle):
         self.stepper.add("victim", self.VICTIM)
         self.stepper.step(20)
@@ -170,6 +172,7 @@ class TestSeveralAnswers:
     # ("CPU Generator does not use offset"), whatever the attention backend.
     PROMPT = prompts_of([40], seed=22)[0]
 
+    @pytest.mark.feature("several answers (`n`)", "seeded sampling")
     def test_sampled_ones_are_those_of_single_requests(self, stepper):
         stepper.add("all", self.PROMPT, n=3, temperature=1.0, seed=5)
         stepper.run()
@@ -181,6 +184,7 @@ class TestSeveralAnswers:
         assert together == alone
         assert len(set(map(tuple, together))) == 3
 
+    @pytest.mark.feature("several answers (`n`)")
     def test_greedy_ones_are_right(self, stepper, oracle):
         # vLLM refuses n > 1 at temperature 0; of one candidate there is nothing to sample.
         stepper.add("both", self.PROMPT, n=2, temperature=1.0, top_k=1)
@@ -198,6 +202,7 @@ class TestSeveralAnswers:
 
 
 class TestPriority:
+    @pytest.mark.feature("priority scheduling", "preemption")
     def test_an_urgent_request_preempts_a_running_one(self, stepper, oracle):
         urgent, *others = prompts_of([250, 300, 300, 300], seed=23)
         for index, prompt in enumerate(others):
@@ -240,6 +245,7 @@ class TestCacheReset:
             assert_right(oracle, prompt, stepper.ask(f"{tag}{index}", prompt))
         return [stepper.hit(f"{tag}{index}") for index in range(len(self.PROMPTS))]
 
+    @pytest.mark.feature("reset of the prefix cache")
     def test_nothing_is_hit_afterwards(self, stepper, oracle, caching):
         self.ask_all(stepper, oracle, "first")
         assert self.ask_all(stepper, oracle, "warm") == ([192, 256] if caching else [0, 0])
@@ -257,6 +263,7 @@ class TestCacheReset:
         assert self.ask_all(stepper, oracle, "warm") == ([192, 256] if caching else [0, 0])
 
     @pytest.mark.parametrize("moment", [2, 12], ids=["mid-prompt", "mid-answer"])
+    @pytest.mark.feature("reset of the prefix cache")
     def test_with_running_requests_starts_them_again(self, moment, stepper, oracle):
         self.ask_all(stepper, oracle, "first")
         for index, prompt in enumerate(self.PROMPTS):
@@ -277,6 +284,7 @@ class TestSleep:
 
     PROMPTS = prompts_of([150, 250], seed=26)
 
+    @pytest.mark.feature("pausing (sleep levels 0 and 1)")
     def test_kept_requests_go_on_and_queued_ones_start(self, stepper, oracle):
         stepper.add("before", self.PROMPTS[0])
         stepper.step(6)
@@ -289,6 +297,7 @@ class TestSleep:
         for name, prompt in zip(("before", "meanwhile"), self.PROMPTS, strict=True):
             assert_right(oracle, prompt, stepper.answer(name))
 
+    @pytest.mark.feature("pausing (sleep levels 0 and 1)")
     def test_level_1_ends_what_runs_and_forgets_what_is_cached(self, stepper, oracle):
         stepper.ask("first", self.PROMPTS[0])
         stepper.add("running", self.PROMPTS[1])
@@ -303,6 +312,7 @@ class TestSleep:
             assert_right(oracle, prompt, stepper.ask(str(index), prompt))
             assert stepper.hit(str(index)) == 0
 
+    @pytest.mark.refused("`--enable-sleep-mode`")
     def test_sleep_mode_gets_vllms_own_answer(self, model):
         from vllm import EngineArgs
 
@@ -317,6 +327,7 @@ class TestLookUp:
 
     PROMPT = prompts_of([150], seed=27)[0]
 
+    @pytest.mark.feature("prompt log-probabilities")
     def test_prompt_logprobs_are_computed_not_read(self, stepper, oracle, caching):
         stepper.ask("first", self.PROMPT)
         stepper.ask("scored", self.PROMPT, prompt_logprobs=2)
@@ -331,6 +342,7 @@ class TestLookUp:
         stepper.ask("last", self.PROMPT)
         assert stepper.hit("last") == (144 if caching else 0)
 
+    @pytest.mark.feature("cache_salt")
     def test_a_salt_keeps_users_apart(self, stepper, oracle, caching):
         hits = []
         for index, salt in enumerate(("one", "two", "one", None, "two")):

@@ -35,6 +35,7 @@ def assert_right(model, prompts, answers):
 
 
 @pytest.mark.parametrize(("chunk", "sequences"), [(16, 16), (100, 32)])
+@pytest.mark.feature("chunked prefill")
 def test_small_chunks_give_the_same_tokens(chunk, sequences, model, pattern):
     prompts = prompts_of(LENGTHS)
     with engine(model, pattern, max_num_batched_tokens=chunk, max_num_seqs=sequences) as running:
@@ -42,6 +43,7 @@ def test_small_chunks_give_the_same_tokens(chunk, sequences, model, pattern):
     assert_right(model, prompts, answers)
 
 
+@pytest.mark.feature("continuous batching")
 def test_alone_and_in_a_batch_of_32_give_the_same_tokens(model, pattern):
     prompts = prompts_of([*LENGTHS, *range(3, 300, 13), 500], seed=1)
     assert len(prompts) == 32
@@ -52,6 +54,7 @@ def test_alone_and_in_a_batch_of_32_give_the_same_tokens(model, pattern):
     assert_right(model, prompts, together)
 
 
+@pytest.mark.feature("preemption")
 def test_a_forced_preemption_changes_nothing(model, pattern, monkeypatch):
     prompts = prompts_of([300] * 6, seed=2)
     # A prompt of 300 tokens holds 19 retrieval and 2 + 5 streaming blocks of 16 tokens, its answer
@@ -73,6 +76,7 @@ def test_a_forced_preemption_changes_nothing(model, pattern, monkeypatch):
     assert_right(model, prompts, answers)
 
 
+@pytest.mark.feature("aborted requests")
 def test_aborted_requests_leave_no_trace(model, pattern):
     """Half the requests are aborted at different moments, one in the middle of its prefill."""
     prompts = prompts_of([150, 700, 40, 300, 96, 20, 150, 33], seed=3)
@@ -94,6 +98,7 @@ def test_aborted_requests_leave_no_trace(model, pattern):
     assert_right(model, [prompts[i] for i in (2, 4, 5, 7)], [finished[i] for i in (2, 4, 5, 7)])
 
 
+@pytest.mark.feature("torch.compile")
 def test_compiled_model_gives_the_same_tokens(model, pattern):
     """vLLM's default mode: torch.compile, the attention as one opaque operator."""
     prompts = prompts_of(LENGTHS, seed=4)
@@ -102,6 +107,7 @@ def test_compiled_model_gives_the_same_tokens(model, pattern):
     assert_right(model, prompts, answers)
 
 
+@pytest.mark.feature("every head a retrieval head")
 def test_all_retrieval_equals_stock_vllm(model, tmp_path):
     """Both run the same model code, so nothing but the order of sums may differ."""
     prompts = prompts_of(LENGTHS, seed=5)

@@ -82,6 +82,7 @@ def test_client_gone_in_the_middle_of_its_prefill(half_server, client):
     assert_all_blocks_return(half_server, client)
 
 
+@pytest.mark.feature("metrics on `/metrics`")
 def test_metrics_show_what_a_request_holds(half_server, client):
     """The engine's own counts are those of the layout's formulas."""
     layout = plan_layout(
@@ -115,6 +116,7 @@ def test_metrics_show_what_a_request_holds(half_server, client):
     assert_all_blocks_return(half_server, client)
 
 
+@pytest.mark.feature("metrics on `/metrics`")
 def test_metrics_count_the_prompts_that_resume(half_server, client):
     """A second time the prompt is hit at its last block boundary: 11 blocks of 128 tokens."""
     name = "vllm_duo:streaming_{}_total{{engine=0}}".format

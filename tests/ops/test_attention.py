@@ -76,7 +76,14 @@ def test_result_is_the_rule_for_every_chunk_size(mask, group, chunk):
     store.assert_guards()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.bfloat16, marks=pytest.mark.feature("bfloat16, operators")),
+        pytest.param(torch.float16, marks=pytest.mark.feature("float16, operators")),
+        torch.float64,
+    ],
+)
 def test_other_dtypes_round_once(dtype, implementation):
     if dtype == torch.float64 and implementation != "reference":
         pytest.skip("float64 exists in the reference alone; test_cpu.py says what kernels answer")
