@@ -47,6 +47,9 @@ lint: setup  ## ruff, formatting, types
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
+contract: setup  ## What moved in another vLLM: VLLM=<version, wheel, environment or folder>
+	@$(BIN)/python tools/contract.py "$(VLLM)"
+
 docs: setup  ## Build the documentation into build/site; a warning or a broken link is an error
 	$(BIN)/python tools/compatibility.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
