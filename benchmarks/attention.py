@@ -36,18 +36,40 @@ PREFILL_TOKENS, PREFILL_CHUNK = 16_384, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Layers that run one after another, each with this share of streaming heads; none is stock."""
+
+    name: str
+    sparsities: tuple[float, ...] = ()
+
+    def streaming(self, shape: Shape) -> list[int]:
+        """Streaming KV heads of each layer."""
+        return [round(share * shape.num_kv_heads) for share in self.sparsities or (0.0,)]
+
+    def layers(self, shape: Shape) -> list[DuoLayer | StockLayer]:
+        """The layers, with caches of their own."""
+        if not self.sparsities:
+            return [StockLayer(shape)]
+        return [DuoLayer(shape, streaming) for streaming in self.streaming(shape)]
+
+
+STOCK = Contender(name="stock")
+EVERY = Contender(name="duo 0%", sparsities=(0.0,))
+HALF = Contender(name="duo 50%", sparsities=(0.5,))
+QUARTER = Contender(name="duo 75%", sparsities=(0.75,))
+STREAMING = Contender(name="duo 100%", sparsities=(1.0,))
+MIXED = Contender(name="duo mixed", sparsities=(0.5, 0.5))
+EXCLUSIVE = Contender(name="duo exclusive", sparsities=(0.0, 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """Contenders that take turns: stock (None), or a share of streaming heads."""
+    """Contenders that take turns; ratios are to the first of several."""
 
     name: str
     shape: Shape
-    contenders: tuple[float | None, ...] = (None, 0.0, 0.5, 0.75)
+    contenders: tuple[Contender, ...] = (STOCK, EVERY, HALF, QUARTER)
     rounds: int = 9
-
-
-def streaming_heads(shape: Shape, sparsity: float) -> int:
-    """KV heads that stream."""
-    return round(sparsity * shape.num_kv_heads)
 
 
 def gate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, sparsity: float) -> None:
@@ -65,7 +87,7 @@ def gate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, sparsity: float)
         chunk=sum(chunks),
         requests=2,
     )
-    layers = (DuoLayer(shape, streaming_heads(shape, sparsity)), StockLayer(shape))
+    layers = (DuoLayer(shape, round(sparsity * num_kv_heads)), StockLayer(shape))
     bound = 2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     context = 0
     for seed, chunk in enumerate(chunks):
@@ -80,26 +102,22 @@ def gate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, sparsity: float)
         context += chunk
 
 
-def contender(case: Case, sparsity: float | None) -> Callable[[], object]:
-    """A call that runs the next layer's work."""
+def work_of(case: Case, contender: Contender) -> Callable[[], object]:
+    """A call that runs the next layers' work."""
     shape = case.shape
-
-    def layer() -> DuoLayer | StockLayer:
-        if sparsity is None:
-            return StockLayer(shape)
-        return DuoLayer(shape, streaming_heads(shape, sparsity))
-
     if case.name == "prefill":
-        one = layer()
-        steps = [
-            one.step(replace(shape, context=begin, chunk=min(PREFILL_CHUNK, shape.chunk - begin)))
+        (layer,) = contender.layers(shape)
+        chunks = [
+            layer.step(replace(shape, context=begin, chunk=min(PREFILL_CHUNK, shape.chunk - begin)))
             for begin in range(0, shape.chunk, PREFILL_CHUNK)
         ]
-        return lambda: [step() for step in steps]
-    streaming = 0 if sparsity is None else streaming_heads(shape, sparsity)
-    count = max(2, min(64, -(-LAYERS_BYTES // shape.needed_bytes(streaming))))
-    turns = itertools.cycle([layer().step(shape, seed) for seed in range(count)])
-    return lambda: next(turns)()
+        return lambda: [step() for step in chunks]
+    needed = sum(map(shape.needed_bytes, contender.streaming(shape)))
+    count = max(2, min(64, -(-LAYERS_BYTES // needed)))
+    turns = itertools.cycle(
+        [[layer.step(shape, seed) for layer in contender.layers(shape)] for seed in range(count)]
+    )
+    return lambda: [step() for step in next(turns)]
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -114,8 +132,10 @@ def alternate(works: list[Callable[[], object]], rounds: int, slice_s: float) ->
     """Seconds of each, in turns, after a warm-up; a call is repeated to fill its slice."""
     repeats = []
     for work in works:
-        work()
-        repeats.append(max(1, min(500, int(slice_s / seconds(work, 1)))))
+        first = seconds(work, 1)
+        if first < slice_s:
+            first = seconds(work, 1)
+        repeats.append(max(1, min(500, int(slice_s / first))))
     times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
         for work, count, into in zip(works, repeats, times, strict=True):
@@ -150,9 +170,11 @@ def cases(smoke: bool) -> list[Case]:
                 return Shape(dtype=dtype, num_heads=heads[0], num_kv_heads=heads[1], **sizes)
 
             found.append(Case(name="decode", shape=shape(context=context - 1, chunk=1)))
+            both = shape(context=context - 1, chunk=1)
+            found.append(Case(name="exclusive", shape=both, contenders=(MIXED, EXCLUSIVE)))
             for length, requests in itertools.product((128, 1024), (1, 8, 64)):
                 short = shape(context=length - 1, chunk=1, requests=requests)
-                found.append(Case(name="short", shape=short, contenders=(None, 0.5)))
+                found.append(Case(name="short", shape=short, contenders=(STOCK, HALF)))
             prefill = replace(
                 shape(context=0, chunk=3000 if smoke else PREFILL_TOKENS), num_heads=16
             )
@@ -160,33 +182,34 @@ def cases(smoke: bool) -> list[Case]:
             found.append(Case(name="prefill", shape=prefill, rounds=3))
             for length in (4096, 1 << 20):
                 constant = shape(context=length - 1, chunk=1)
-                found.append(Case(name="streaming", shape=constant, contenders=(1.0,)))
+                found.append(Case(name="streaming", shape=constant, contenders=(STREAMING,)))
     return [replace(case, rounds=1) for case in found] if smoke else found
 
 
 def measure(case: Case, limits: dict[str, float]) -> list[dict[str, Any]]:
     """One row per contender."""
-    works = [contender(case, sparsity) for sparsity in case.contenders]
+    works = [work_of(case, contender) for contender in case.contenders]
     times = alternate(works, case.rounds, slice_s=0.05)
     medians = [statistics.median(taken) for taken in times]
     rows = []
-    for sparsity, taken, median in zip(case.contenders, times, medians, strict=True):
-        streaming = 0 if sparsity is None else streaming_heads(case.shape, sparsity)
-        needed = case.shape.needed_bytes(streaming) / median / 1e9
+    for contender, taken, median in zip(case.contenders, times, medians, strict=True):
+        streaming = contender.streaming(case.shape)
+        needed = sum(map(case.shape.needed_bytes, streaming)) / median / 1e9
         rows.append(
             {
                 "case": case.name,
                 **asdict(case.shape),
                 "dtype": str(case.shape.dtype).removeprefix("torch."),
-                "sparsity": sparsity,
+                "kernels": contender.name,
+                "sparsities": contender.sparsities,
                 "threads": torch.get_num_threads(),
                 "median_ms": median * 1e3,
                 "min_ms": min(taken) * 1e3,
                 "max_ms": max(taken) * 1e3,
-                "times_stock": medians[0] / median if case.contenders[0] is None else None,
+                "times_first": medians[0] / median,
                 "gb_s": needed,
                 "share_of_read": needed / limits["read_gb_s"],
-                "gflop_s": case.shape.operations(streaming) / median / 1e9,
+                "gflop_s": sum(map(case.shape.operations, streaming)) / median / 1e9,
             }
         )
     return rows
@@ -195,20 +218,18 @@ def measure(case: Case, limits: dict[str, float]) -> list[dict[str, Any]]:
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """For people."""
     table = Table("case", "dtype", "heads", "requests x tokens", "threads", "kernels")
-    for column in ("ms (range)", "x stock", "GB/s", "GFLOP/s"):
+    for column in ("ms (range)", "x first", "GB/s", "GFLOP/s"):
         table.add_column(column, justify="right")
     for row in rows:
-        name = "stock" if row["sparsity"] is None else f"duo {row['sparsity']:.0%}"
-        times_stock = row["times_stock"]
         table.add_row(
             row["case"],
             row["dtype"],
             f"{row['num_heads']}/{row['num_kv_heads']}",
             f"{row['requests']} x {row['context'] + row['chunk']}",
             str(row["threads"]),
-            name,
+            row["kernels"],
             f"{row['median_ms']:.3f} ({row['min_ms']:.3f}-{row['max_ms']:.3f})",
-            "" if times_stock is None else f"{times_stock:.2f}",
+            f"{row['times_first']:.2f}",
             f"{row['gb_s']:.1f}" if row["chunk"] == 1 else "",
             f"{row['gflop_s']:.1f}",
         )

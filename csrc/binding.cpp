@@ -23,7 +23,8 @@ using Tensor = nb::ndarray<nb::ro, nb::device::cpu>;
 
 std::string text(int64_t number) { return std::to_string(number); }
 
-std::string shape_of(const Tensor& tensor) {
+template <typename Any>
+std::string shape_of(const Any& tensor) {
     std::string result = "[";
     for (size_t i = 0; i < tensor.ndim(); ++i) {
         result += (i ? ", " : "") + text(static_cast<int64_t>(tensor.shape(i)));
@@ -31,19 +32,54 @@ std::string shape_of(const Tensor& tensor) {
     return result + "]";
 }
 
-Dtype dtype_of(const char* name, const Tensor& tensor) {
-    const auto type = tensor.dtype();
-    const auto code = static_cast<nb::dlpack::dtype_code>(type.code);
-    if (type.lanes == 1 && code == nb::dlpack::dtype_code::Float) {
-        if (type.bits == 32) return Dtype::f32;
-        if (type.bits == 16) return Dtype::f16;
+// A tensor as Python describes it: (address, dtype, shape, strides in elements). DLPack would say the
+// same, but frameworks take several microseconds to export a tensor, and a step has six in each layer.
+// The caller keeps the memory.
+class View {
+  public:
+    static constexpr size_t MAX_DIMS = 4;
+
+    explicit View(const nb::handle& described) {
+        PyObject* tuple = described.ptr();
+        if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 4) refuse();
+        data_ = reinterpret_cast<char*>(number(PyTuple_GET_ITEM(tuple, 0)));
+        dtype_ = static_cast<Dtype>(number(PyTuple_GET_ITEM(tuple, 1)));
+        ndim_ = numbers(PyTuple_GET_ITEM(tuple, 2), shape_);
+        if (ndim_ != numbers(PyTuple_GET_ITEM(tuple, 3), strides_)) refuse();
     }
-    if (type.lanes == 1 && code == nb::dlpack::dtype_code::Bfloat) return Dtype::bf16;
-    fail(std::string(name) +
-         " must be float32, bfloat16 or float16 for the CPU kernels, got dtype " + "code " +
-         text(type.code) + " of " + text(type.bits) +
-         " bits: set VLLM_DUO_OPS=reference for other dtypes");
-}
+
+    char* data() const { return data_; }
+    Dtype dtype() const { return dtype_; }
+    size_t ndim() const { return ndim_; }
+    int64_t shape(size_t i) const { return shape_[i]; }
+    int64_t stride(size_t i) const { return strides_[i]; }
+
+  private:
+    [[noreturn]] static void refuse() {
+        fail("a tensor must be given as (address, dtype, shape, strides) of up to " +
+             text(MAX_DIMS) + " dimensions");
+    }
+
+    static int64_t number(PyObject* object) {
+        const long long value = PyLong_AsLongLong(object);
+        if (value == -1 && PyErr_Occurred()) throw nb::python_error();
+        return value;
+    }
+
+    static size_t numbers(PyObject* tuple, int64_t* to) {
+        if (!PyTuple_Check(tuple)) refuse();
+        const auto count = static_cast<size_t>(PyTuple_GET_SIZE(tuple));
+        if (count > MAX_DIMS) refuse();
+        for (size_t i = 0; i < count; ++i) to[i] = number(PyTuple_GET_ITEM(tuple, i));
+        return count;
+    }
+
+    char* data_;
+    Dtype dtype_;
+    size_t ndim_;
+    int64_t shape_[MAX_DIMS];
+    int64_t strides_[MAX_DIMS];
+};
 
 struct Heads {
     std::vector<int32_t> classes[2];
@@ -130,21 +166,19 @@ struct Copies {
     }
 };
 
-Rows rows_of(const char* name, const Tensor& tensor) {
+Rows rows_of(const char* name, const View& tensor) {
     if (tensor.ndim() != 3 || tensor.stride(2) != 1) {
         fail(std::string(name) + " must be [T, H, D] with a contiguous last dimension, got " +
              shape_of(tensor) + ": pass a contiguous tensor");
     }
-    return {const_cast<char*>(static_cast<const char*>(tensor.data())), tensor.stride(0),
-            tensor.stride(1)};
+    return {tensor.data(), tensor.stride(0), tensor.stride(1)};
 }
 
-Cache cache_of(const char* name, const Tensor& tensor, const Tensor& key, int64_t heads,
+Cache cache_of(const char* name, const View& tensor, const View& key, int64_t heads,
                int64_t block_size) {
-    const auto head_size = static_cast<int64_t>(key.shape(2));
-    if (tensor.ndim() != 4 || static_cast<int64_t>(tensor.shape(1)) != heads ||
-        static_cast<int64_t>(tensor.shape(2)) != block_size ||
-        static_cast<int64_t>(tensor.shape(3)) != 2 * head_size || tensor.stride(3) != 1 ||
+    const int64_t head_size = key.shape(2);
+    if (tensor.ndim() != 4 || tensor.shape(1) != heads || tensor.shape(2) != block_size ||
+        tensor.shape(3) != 2 * head_size || tensor.stride(3) != 1 ||
         tensor.dtype() != key.dtype()) {
         fail(std::string(name) + " cache must be [N, " + text(heads) + ", " + text(block_size) +
              ", " + text(2 * head_size) +
@@ -152,8 +186,7 @@ Cache cache_of(const char* name, const Tensor& tensor, const Tensor& key, int64_
              "got " +
              shape_of(tensor));
     }
-    return {const_cast<char*>(static_cast<const char*>(tensor.data())), tensor.stride(0),
-            tensor.stride(1), tensor.stride(2), static_cast<int64_t>(tensor.shape(0))};
+    return {tensor.data(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.shape(0)};
 }
 
 void check_table(const char* name, const HeadClass& heads, const BlockTable& blocks,
@@ -186,14 +219,14 @@ void check_table(const char* name, const HeadClass& heads, const BlockTable& blo
 }
 
 // Fills in a class; nothing where the layer has no head of it.
-void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& heads, nb::object cache,
-               const BlockTable* blocks, const Tensor& key, const Batch& batch, bool check) {
+void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& heads, nb::handle cache,
+               const BlockTable* blocks, const View& key, const Batch& batch, bool check) {
     if (heads.empty()) return;
     if (cache.is_none() || !blocks) {
         fail("the layer has " + text(static_cast<int64_t>(heads.size())) + " " + name +
              " heads and no " + name + " cache");
     }
-    to.cache = cache_of(name, nb::cast<Tensor>(cache), key, static_cast<int64_t>(heads.size()),
+    to.cache = cache_of(name, View(cache), key, static_cast<int64_t>(heads.size()),
                         blocks->table.block_size);
     to.table = blocks->table;
     to.heads = heads.data();
@@ -205,7 +238,7 @@ void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& head
     check_table(name, to, *blocks, batch, check);
 }
 
-void check_activations(const Tensor& key, const Tensor& value, const Heads& heads,
+void check_activations(const View& key, const View& value, const Heads& heads,
                        const Batch& batch) {
     if (key.ndim() != 3 || value.ndim() != 3 || key.dtype() != value.dtype() ||
         key.shape(0) != value.shape(0) || key.shape(1) != value.shape(1) ||
@@ -213,29 +246,29 @@ void check_activations(const Tensor& key, const Tensor& value, const Heads& head
         fail("key and value must be [T, Hkv, D] of one dtype, got " + shape_of(key) + " and " +
              shape_of(value));
     }
-    const auto kv_heads = static_cast<int64_t>(key.shape(1));
+    const int64_t kv_heads = key.shape(1);
     if (kv_heads != heads.total()) {
         fail("key has " + text(kv_heads) + " KV heads, the head map " + text(heads.total()));
     }
-    if (static_cast<int64_t>(key.shape(0)) < batch.num_tokens) {
-        fail("key has " + text(static_cast<int64_t>(key.shape(0))) + " tokens, the batch needs " +
+    if (key.shape(0) < batch.num_tokens) {
+        fail("key has " + text(key.shape(0)) + " tokens, the batch needs " +
              text(batch.num_tokens));
     }
-    const size_t head_size = key.shape(2);
+    const int64_t head_size = key.shape(2);
     if (head_size == 0 || head_size % 16 || head_size > 512) {
         fail("the head size must be a multiple of 16 up to 512 for the CPU kernels, got " +
-             text(static_cast<int64_t>(head_size)));
+             text(head_size));
     }
 }
 
-void set_queries(LayerStep& step, const Tensor& query, const Tensor& output, const Tensor& key) {
-    const auto kv_heads = static_cast<int64_t>(key.shape(1));
+void set_queries(LayerStep& step, const View& query, const View& output, const View& key) {
+    const int64_t kv_heads = key.shape(1);
     step.query = rows_of("query", query);
     step.output = rows_of("output", output);
     if (query.shape(0) != key.shape(0) || query.shape(2) != key.shape(2)) {
         fail("query must be [T, Hq, D] for key " + shape_of(key) + ", got " + shape_of(query));
     }
-    const auto heads = static_cast<int64_t>(query.shape(1));
+    const int64_t heads = query.shape(1);
     if (kv_heads == 0 || heads == 0 || heads % kv_heads) {
         fail("query has " + text(heads) + " heads, not a multiple of " + text(kv_heads) +
              " KV heads");
@@ -251,13 +284,14 @@ void set_queries(LayerStep& step, const Tensor& query, const Tensor& output, con
 
 const Kernels* chosen = nullptr;
 
-void run(unsigned phases, const Batch& batch, const Heads& heads, nb::object query, Tensor key,
-         Tensor value, nb::object output, float scale, int first, int last, nb::object retrieval,
-         const BlockTable* paged, nb::object streaming, const BlockTable* ring,
-         const Copies* copies, bool check) {
+void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle query,
+         nb::handle key_tuple, nb::handle value_tuple, nb::handle output, float scale, int first,
+         int last, nb::handle retrieval, const BlockTable* paged, nb::handle streaming,
+         const BlockTable* ring, const Copies* copies, bool check) {
+    const View key(key_tuple), value(value_tuple);
     check_activations(key, value, heads, batch);
     LayerStep step{};
-    step.dtype = dtype_of("key", key);
+    step.dtype = key.dtype();
     step.head_size = static_cast<int>(key.shape(2));
     step.key = rows_of("key", key);
     step.value = rows_of("value", value);
@@ -267,7 +301,7 @@ void run(unsigned phases, const Batch& batch, const Heads& heads, nb::object que
     set_class("retrieval", step.classes[0], heads.classes[0], retrieval, paged, key, batch, check);
     set_class("streaming", step.classes[1], heads.classes[1], streaming, ring, key, batch, check);
     if (phases & ATTEND) {
-        set_queries(step, nb::cast<Tensor>(query), nb::cast<Tensor>(output), key);
+        set_queries(step, View(query), View(output), key);
         if (first < 0 || first > last || last > step.num_requests) {
             fail("requests " + text(first) + " to " + text(last) + " of a batch of " +
                  text(step.num_requests));
@@ -304,6 +338,9 @@ NB_MODULE(_cpu, module) {
     module.attr("COPY_SNAPSHOTS") = static_cast<unsigned>(COPY_SNAPSHOTS);
     module.attr("ATTEND") = static_cast<unsigned>(ATTEND);
     module.attr("WRITE_STREAMING") = static_cast<unsigned>(WRITE_STREAMING);
+    module.attr("FLOAT32") = static_cast<int>(Dtype::f32);
+    module.attr("BFLOAT16") = static_cast<int>(Dtype::bf16);
+    module.attr("FLOAT16") = static_cast<int>(Dtype::f16);
     module.def("run", &run, nb::arg("phases"), nb::arg("batch"), nb::arg("heads"),
                nb::arg("query").none(), nb::arg("key"), nb::arg("value"), nb::arg("output").none(),
                nb::arg("scale"), nb::arg("first"), nb::arg("last"), nb::arg("retrieval").none(),

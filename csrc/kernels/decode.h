@@ -8,70 +8,114 @@
 namespace duo {
 namespace {
 
-// Keys that are scored and then applied before the next ones are touched: few enough that their
-// values still lie in the first-level cache.
-constexpr int KEY_BLOCK = 32;
+// Keys that are scored and applied before the next ones are touched: the keys of a page are then
+// read nearly in the order in which they lie there, and each is still in the first-level cache when
+// its value is needed.
+constexpr int TILE = 2 * LANES;
 
-// A partial result: for each row the maximum, the sum of weights, then the weighted values.
+// What one thread holds of an item.
 struct DecodeRows {
     float* query;   // [rows, padded] in chunk order, times scale * log2(e)
-    float* score;   // [rows, KEY_BLOCK]
+    float* score;   // [rows, TILE]
+    float* sum;     // [rows, LANES], partial sums of the weights
     float* max;     // [rows]
-    float* sum;     // [rows]
     float* values;  // [rows, padded] in chunk order
     int rows;
     HeadChunks chunks;
 };
 
-// Scores of R rows against `count` keys, LANES / R keys at a time; reads ahead in `next`.
-template <typename T, int R>
-DUO_INLINE void score_keys(const float* query, HeadChunks chunks, const T* const* key, int count,
-                           const T* const* next, int next_bytes, float* score) {
+// Asks for memory ahead, line after line, as the arithmetic on the keys at hand goes on: asked for
+// all at once the lines would have to wait for each other, and the arithmetic with them.
+struct ReadAhead {
+    const char* at;
+
+    // The share of one chunk of one key or value.
+    template <typename T>
+    DUO_INLINE void chunk(int c) {
+        constexpr int bytes = CHUNK * static_cast<int>(sizeof(T));
+        if (bytes >= 64 || c * bytes % 64 == 0) {
+            __builtin_prefetch(at);
+            at += 64;
+            for (int b = 64; b < bytes; b += 64, at += 64) __builtin_prefetch(at);
+        }
+    }
+};
+
+// Scores of R rows against LANES / R keys, side by side: lane r * LANES / R + i is row r's of key i.
+template <typename T, int R, bool Ahead>
+DUO_INLINE Vec score_keys(const float* query, HeadChunks chunks, const T* const* key,
+                          ReadAhead& ahead) {
     constexpr int K = LANES / R;
     const int64_t padded = chunks.padded();
-    for (int k = 0; k < count; k += K) {
-        Vec part[LANES] = {};
-        const auto add = [&](int c, auto load_keys) __attribute__((always_inline)) {
+    Vec part[LANES] = {};
+    const auto add = [&](int c, auto load_keys) __attribute__((always_inline)) {
+        // Of queries and keys the fewer stay in registers, beside the LANES sums.
+        if constexpr (R <= K) {
             Chunk q[R];
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) q[r] = load_chunk(query + r * padded + c * CHUNK);
 #pragma GCC unroll 16
             for (int i = 0; i < K; ++i) {
-                const Chunk x = load_keys(key[k + i] + c * CHUNK);
+                const Chunk x = load_keys(key[i] + c * CHUNK);
+                if (Ahead) ahead.chunk<T>(c);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
                     part[r * K + i] += q[r].a * x.a;
                     part[r * K + i] += q[r].b * x.b;
                 }
             }
-        };
-        for (int c = 0; c < chunks.full; ++c) {
-            add(c, [](const T* at) __attribute__((always_inline)) { return load_chunk(at); });
-        }
-        if (HAS_HALF_CHUNKS && chunks.half) {
-            add(chunks.full,
-                [](const T* at) __attribute__((always_inline)) { return load_half_chunk(at); });
-        }
-        if (next_bytes) {
+        } else {
+            Chunk x[K];
 #pragma GCC unroll 16
             for (int i = 0; i < K; ++i) {
-                const char* at = reinterpret_cast<const char*>(next[k + i]);
-                for (int b = 0; b < next_bytes; b += 64) __builtin_prefetch(at + b);
+                x[i] = load_keys(key[i] + c * CHUNK);
+                if (Ahead) ahead.chunk<T>(c);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Vec a = load(query + r * padded + c * CHUNK);
+#pragma GCC unroll 16
+                for (int i = 0; i < K; ++i) part[r * K + i] += a * x[i].a;
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Vec b = load(query + r * padded + c * CHUNK + LANES);
+#pragma GCC unroll 16
+                for (int i = 0; i < K; ++i) part[r * K + i] += b * x[i].b;
             }
         }
-        float sums[LANES];
-        store(sums, sum_each(part));
+    };
+    for (int c = 0; c < chunks.full; ++c) {
+        add(c, [](const T* at) __attribute__((always_inline)) { return load_chunk(at); });
+    }
+    if (HAS_HALF_CHUNKS && chunks.half) {
+        add(chunks.full,
+            [](const T* at) __attribute__((always_inline)) { return load_half_chunk(at); });
+    }
+    return sum_each(part);
+}
+
+// Scores of R rows against a tile of keys.
+template <typename T, int R, bool Ahead>
+DUO_INLINE void score_tile(const float* query, HeadChunks chunks, const T* const* key,
+                           ReadAhead& ahead, float* score) {
+    constexpr int K = LANES / R;
+    for (int k = 0; k < TILE; k += LANES) {
+        Vec scores[R];
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            std::memcpy(score + r * KEY_BLOCK + k, sums + r * K, K * sizeof(float));
+        for (int i = 0; i < R; ++i) {
+            scores[i] = score_keys<T, R, Ahead>(query, chunks, key + k + i * K, ahead);
         }
+        transpose_runs<K, R>(scores);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) store(score + r * TILE + k, scores[r]);
     }
 }
 
 // values[r] += score[r] * value, R rows and C chunks of the head.
-template <typename T, int R, int C, bool Half>
-DUO_INLINE void apply_chunks(const float* score, const T* const* value, int count, int chunk,
-                             float* values, int64_t padded) {
+template <typename T, int R, int C, bool Half, bool Ahead>
+DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhead& ahead,
+                             int chunk, float* values, int64_t padded) {
     Vec total[R][2 * C];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -80,16 +124,18 @@ DUO_INLINE void apply_chunks(const float* score, const T* const* value, int coun
             total[r][c] = load(values + r * padded + chunk * CHUNK + c * LANES);
         }
     }
-    for (int k = 0; k < count; ++k) {
+#pragma GCC unroll 4
+    for (int k = 0; k < TILE; ++k) {
         Chunk x[C];
 #pragma GCC unroll 16
         for (int c = 0; c < C; ++c) {
             const T* at = value[k] + (chunk + c) * CHUNK;
             x[c] = Half ? load_half_chunk(at) : load_chunk(at);
+            if (Ahead) ahead.chunk<T>(C == 1 ? 0 : c);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Vec weight = broadcast(score[r * KEY_BLOCK + k]);
+            const Vec weight = broadcast(score[r * TILE + k]);
 #pragma GCC unroll 16
             for (int c = 0; c < C; ++c) {
                 total[r][2 * c] += weight * x[c].a;
@@ -106,47 +152,53 @@ DUO_INLINE void apply_chunks(const float* score, const T* const* value, int coun
     }
 }
 
-template <typename T, int R>
-DUO_INLINE void apply_values(const float* score, const T* const* value, int count,
-                             HeadChunks chunks, float* values) {
+template <typename T, int R, bool Ahead>
+DUO_INLINE void apply_tile(const float* score, const T* const* value, ReadAhead& ahead,
+                           HeadChunks chunks, float* values) {
     constexpr int C = 4 / R;
+    constexpr int chunk_bytes = CHUNK * static_cast<int>(sizeof(T));
     const int64_t padded = chunks.padded();
     int c = 0;
     for (; c + C <= chunks.full; c += C) {
-        apply_chunks<T, R, C, false>(score, value, count, c, values, padded);
+        // Where several chunks share a line, one of them asks for it.
+        if (!Ahead || (C == 1 && chunk_bytes < 64 && c * chunk_bytes % 64)) {
+            apply_chunks<T, R, C, false, false>(score, value, ahead, c, values, padded);
+        } else {
+            apply_chunks<T, R, C, false, true>(score, value, ahead, c, values, padded);
+        }
     }
     for (; C > 1 && c < chunks.full; ++c) {
-        apply_chunks<T, R, 1, false>(score, value, count, c, values, padded);
+        apply_chunks<T, R, 1, false, Ahead>(score, value, ahead, c, values, padded);
     }
     if (HAS_HALF_CHUNKS && chunks.half) {
-        apply_chunks<T, R, 1, true>(score, value, count, c, values, padded);
+        apply_chunks<T, R, 1, true, Ahead>(score, value, ahead, c, values, padded);
     }
 }
 
-// Turns the scores of one row into weights and brings its sums to their new maximum.
+// Turns the scores of one row into weights; where they pass its maximum, its sums follow.
 DUO_INLINE void weigh_row(DecodeRows& rows, int r) {
-    float* score = rows.score + r * KEY_BLOCK;
+    float* score = rows.score + r * TILE;
+    float* sum = rows.sum + r * LANES;
     Vec most = load(score);
-    for (int k = LANES; k < KEY_BLOCK; k += LANES) most = max(most, load(score + k));
-    const float block_max = max_lane(most);
-    const float old_max = rows.max[r];
-    if (block_max > old_max) {
-        rows.max[r] = block_max;
-        const Vec decay = exp2_nonpositive(broadcast(old_max - block_max));
-        rows.sum[r] *= decay[0];
+    for (int k = LANES; k < TILE; k += LANES) most = max(most, load(score + k));
+    if (any_greater(most, broadcast(rows.max[r]))) {
+        const float tile_max = max_lane(most);
+        const Vec decay = exp2_nonpositive(broadcast(rows.max[r] - tile_max));
+        rows.max[r] = tile_max;
+        store(sum, load(sum) * decay);
         float* values = rows.values + r * rows.chunks.padded();
         for (int i = 0; i < rows.chunks.padded(); i += LANES)
             store(values + i, load(values + i) * decay);
     }
     // A row that has not seen any key yet: all its scores are -inf, and so are the differences.
     const Vec base = broadcast(rows.max[r] == -__builtin_inff() ? 0.0f : rows.max[r]);
-    Vec total{};
-    for (int k = 0; k < KEY_BLOCK; k += LANES) {
+    Vec total = load(sum);
+    for (int k = 0; k < TILE; k += LANES) {
         const Vec weight = exp2_nonpositive(load(score + k) - base);
         store(score + k, weight);
         total += weight;
     }
-    rows.sum[r] += sum(total);
+    store(sum, total);
 }
 
 // Calls work(first row, number of rows) for groups of 4, 2 and 1 rows.
@@ -163,14 +215,26 @@ DUO_INLINE void for_row_groups(int rows, Work work) {
     if (r < rows) work(r, Indices<1>{});
 }
 
+// Hides what a row does not see: repeated keys of the last tile, and later drafts from earlier ones.
+template <typename T>
+DUO_INLINE void hide_keys(const HeadClass& heads, const Request& request, int group,
+                          const KeyBlock<T, TILE>& tile, DecodeRows& rows) {
+    if (tile.count == TILE && request.length == 1) return;
+    for (int r = 0; r < rows.rows; ++r) {
+        float* score = rows.score + r * TILE;
+        for (int k = tile.count; k < TILE; ++k) score[k] = -__builtin_inff();
+        if (request.length == 1) continue;
+        const int64_t position = request.context + r / group;
+        for (int k = 0; k < tile.count; ++k) {
+            if (!sees(heads, position, tile.position[k])) score[k] = -__builtin_inff();
+        }
+    }
+}
+
 template <typename T>
 void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     const HeadClass& heads = step.classes[item.head_class];
     const Request& request = step.requests[item.request];
-    const KeySource source{step, heads, request, item.head, item.request};
-    const int64_t first = request.context;
-    const int64_t last = first + request.length - 1;
-    const VisibleRanges ranges = visible_ranges(heads, first, last);
 
     DecodeRows rows;
     rows.chunks = head_chunks(step.head_size);
@@ -178,10 +242,10 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     const int64_t padded = rows.chunks.padded();
     rows.query = scratch;
     rows.score = rows.query + rows.rows * padded;
+    rows.sum = rows.score + rows.rows * TILE;
     const bool whole = item.num_items == 1;
-    rows.max = whole ? rows.score + rows.rows * KEY_BLOCK : item.partial;
-    rows.sum = rows.max + rows.rows;
-    rows.values = rows.sum + rows.rows;
+    rows.max = whole ? rows.sum + rows.rows * LANES : item.partial;
+    rows.values = whole ? rows.max + rows.rows : item.partial + 2 * rows.rows;
 
     const int64_t kv_head = heads.heads[item.head];
     const auto row_address = [&](const Rows& tensor, int r) {
@@ -195,49 +259,52 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
         load_row(row_address(step.query, r), rows.chunks, step.scale * log2e,
                  rows.query + r * padded);
         rows.max[r] = -__builtin_inff();
-        rows.sum[r] = 0;
     }
+    std::memset(rows.sum, 0, rows.rows * LANES * sizeof(float));
     std::memset(rows.values, 0, rows.rows * padded * sizeof(float));
 
-    KeyBlock<T, KEY_BLOCK> blocks[2];
-    source.fill(blocks[0], ranges, item.begin, item.end);
-    for (int64_t at = item.begin, turn = 0; at < item.end; ++turn) {
-        KeyBlock<T, KEY_BLOCK>& block = blocks[turn & 1];
-        KeyBlock<T, KEY_BLOCK>& next = blocks[~turn & 1];
-        const int count = block.count;
-        at += count;
-        next.count = 0;
-        if (at < item.end) source.fill(next, ranges, at, item.end);
-        // Missing keys of the last block repeat its last one, and are hidden below.
-        for (int k = count; k < KEY_BLOCK; ++k) block.key[k] = block.key[count - 1];
-        for (int k = next.count; k < KEY_BLOCK; ++k) next.key[k] = block.key[0];
-        const int next_bytes = next.count ? 2 * step.head_size * static_cast<int>(sizeof(T)) : 0;
-
-        for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
-            score_keys<T, R>(rows.query + r * padded, rows.chunks, block.key, KEY_BLOCK, next.key,
-                             r == 0 ? next_bytes : 0, rows.score + r * KEY_BLOCK);
-        });
-        for (int r = 0; r < rows.rows; ++r) {
-            float* score = rows.score + r * KEY_BLOCK;
-            for (int k = count; k < KEY_BLOCK; ++k) score[k] = -__builtin_inff();
-            if (request.length > 1) {
-                for (int k = 0; k < count; ++k) {
-                    if (!sees(heads, first + r / step.group, block.position[k])) {
-                        score[k] = -__builtin_inff();
-                    }
-                }
-            }
-            weigh_row(rows, r);
+    KeyWalk walk({step, heads, request, item.head, item.request}, item.begin, item.end);
+    KeyBlock<T, TILE> tiles[2];
+    walk.fill(tiles[0]);
+    for (int turn = 0; tiles[turn & 1].count; ++turn) {
+        KeyBlock<T, TILE>& tile = tiles[turn & 1];
+        KeyBlock<T, TILE>& next = tiles[~turn & 1];
+        walk.fill(next);
+        // Missing keys repeat one that is there, and are hidden below.
+        for (int k = tile.count; k < TILE; ++k) {
+            tile.key[k] = tile.key[0];
+            tile.value[k] = tile.value[0];
         }
+        ReadAhead ahead{reinterpret_cast<const char*>(next.count ? next.key[0] : tile.key[0])};
         for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
-            apply_values<T, R>(rows.score + r * KEY_BLOCK, block.value, count, rows.chunks,
-                               rows.values + r * padded);
+            const float* query = rows.query + r * padded;
+            float* score = rows.score + r * TILE;
+            if (r == 0) {
+                score_tile<T, R, true>(query, rows.chunks, tile.key, ahead, score);
+            } else {
+                score_tile<T, R, false>(query, rows.chunks, tile.key, ahead, score);
+            }
+        });
+        hide_keys(heads, request, step.group, tile, rows);
+        for (int r = 0; r < rows.rows; ++r) weigh_row(rows, r);
+        for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
+            const float* score = rows.score + r * TILE;
+            float* values = rows.values + r * padded;
+            if (r == 0) {
+                apply_tile<T, R, true>(score, tile.value, ahead, rows.chunks, values);
+            } else {
+                apply_tile<T, R, false>(score, tile.value, ahead, rows.chunks, values);
+            }
         });
     }
-    if (!whole) return;
     for (int r = 0; r < rows.rows; ++r) {
-        store_row(rows.values + r * padded, rows.chunks, 1.0f / rows.sum[r],
-                  row_address(step.output, r));
+        const float total = sum(load(rows.sum + r * LANES));
+        if (whole) {
+            store_row(rows.values + r * padded, rows.chunks, 1.0f / total,
+                      row_address(step.output, r));
+        } else {
+            item.partial[rows.rows + r] = total;
+        }
     }
 }
 
@@ -277,7 +344,7 @@ void merge_items(const LayerStep& step, const Item* items, int count) {
 
 // Floats of a thread's scratch and of one partial result.
 DUO_INLINE int64_t decode_scratch_floats(int64_t rows, int padded) {
-    return rows * (2 * padded + KEY_BLOCK + 2);
+    return rows * (2 * padded + TILE + LANES + 1);
 }
 DUO_INLINE int64_t partial_floats(int64_t rows, int padded) { return rows * (padded + 2); }
 

@@ -38,22 +38,73 @@ struct KeySource {
         }
         block.count = n;
     }
+};
 
-    // Fills a block with the visible keys number `from`, `from` + 1, ... up to `to`.
-    template <typename T, int Size>
-    void fill(KeyBlock<T, Size>& block, const VisibleRanges& ranges, int64_t from,
-              int64_t to) const {
-        block.count = 0;
-        if (to > from + Size) to = from + Size;
+// The visible keys number `begin`, `begin` + 1, ... up to `end` of one request and KV head, block
+// by block.
+class KeyWalk {
+  public:
+    KeyWalk(const KeySource& source, int64_t begin, int64_t end) : source_(source) {
+        const Request& request = source.request;
+        const int64_t last = request.context + request.length - 1;
+        const VisibleRanges ranges = visible_ranges(source.heads, request.context, last);
         const int64_t first = ranges.end[0] - ranges.begin[0];
-        if (from < first) {
-            append(block, ranges.begin[0] + from, ranges.begin[0] + (to < first ? to : first));
+        const int64_t skipped = ranges.begin[1] - first;
+        if (begin < first) {
+            at_ = begin;
+            end_ = end < first ? end : first;
+        } else {
+            at_ = begin + skipped;
+            end_ = end + skipped;
         }
-        if (to > first) {
-            const int64_t skipped = ranges.begin[1] - first;
-            append(block, (from > first ? from : first) + skipped, to + skipped);
+        if (begin < first && end > first) {
+            then_begin_ = ranges.begin[1];
+            then_end_ = end + skipped;
         }
     }
+
+    // Fills a block; its count falls below Size at the end alone.
+    template <typename T, int Size>
+    void fill(KeyBlock<T, Size>& block) {
+        int n = 0;
+        while (n < Size && next_run()) {
+            const int64_t room = Size - n;
+            const int count = static_cast<int>(run_.count < room ? run_.count : room);
+            for (int i = 0; i < count; ++i, ++n) {
+                block.key[n] = reinterpret_cast<const T*>(run_.key + i * run_.key_stride_bytes);
+                block.value[n] =
+                    reinterpret_cast<const T*>(run_.value + i * run_.value_stride_bytes);
+                block.position[n] = at_ + i;
+            }
+            run_.key += count * run_.key_stride_bytes;
+            run_.value += count * run_.value_stride_bytes;
+            run_.count -= count;
+            at_ += count;
+        }
+        block.count = n;
+    }
+
+  private:
+    // Whether a key is left; if so, `run_` starts with it.
+    bool next_run() {
+        if (run_.count) return true;
+        if (at_ == end_) {
+            at_ = then_begin_;
+            end_ = then_end_;
+            then_begin_ = then_end_;
+        }
+        if (at_ == end_) return false;
+        run_ = locate(source_.step, source_.heads, source_.head, source_.request, source_.row, at_,
+                      end_);
+        return true;
+    }
+
+    KeySource source_;
+    int64_t at_ = 0;
+    int64_t end_ = 0;
+    int64_t then_begin_ = 0;
+    int64_t then_end_ = 0;
+    KeyRun run_{};
 };
 
 // The rule.

@@ -32,7 +32,16 @@ typedef uint16_t VecHalfAny __attribute__((vector_size(LANES * 2), aligned(2), m
 
 DUO_INLINE Vec load(const float* from) { return *reinterpret_cast<const VecAny*>(from); }
 DUO_INLINE void store(float* to, Vec v) { *reinterpret_cast<VecAny*>(to) = v; }
-DUO_INLINE Vec broadcast(float x) { return Vec{} + x; }
+
+DUO_INLINE Vec broadcast(float x) {
+#if DUO_LANES == 16
+    return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif DUO_LANES == 8
+    return Vec{x, x, x, x, x, x, x, x};
+#else
+    return Vec{x, x, x, x};
+#endif
+}
 
 DUO_INLINE Vec max(Vec a, Vec b) {
 #if DUO_LANES == 16 && defined(__AVX512F__)
@@ -97,6 +106,21 @@ DUO_INLINE void transpose_stage(Vec* v) {
 // Transposes LANES x LANES floats in place.
 DUO_INLINE void transpose(Vec* v) { transpose_stage<LANES / 2>(v); }
 
+// Of N vectors of N runs of H lanes, run i of vector j becomes run j of vector i.
+template <int H, int N, int Stage = N / 2>
+DUO_INLINE void transpose_runs(Vec* v) {
+    if constexpr (Stage > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) {
+            if (i & Stage) continue;
+            const Vec first = zip_runs<H * Stage, false>(v[i], v[i + Stage], Lanes{});
+            v[i + Stage] = zip_runs<H * Stage, true>(v[i], v[i + Stage], Lanes{});
+            v[i] = first;
+        }
+        transpose_runs<H, N, Stage / 2>(v);
+    }
+}
+
 DUO_INLINE float sum(Vec v) {
     float total = 0;
 #pragma GCC unroll 16
@@ -113,6 +137,22 @@ DUO_INLINE float max_lane(Vec v) {
         for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
     }
     return v[0];
+}
+
+// Whether any lane of `a` is greater than `b`'s.
+DUO_INLINE bool any_greater(Vec a, Vec b) {
+#if DUO_LANES == 16 && defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#elif DUO_LANES == 8 && defined(__AVX__)
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+#elif DUO_LANES == 4 && defined(__SSE2__)
+    return _mm_movemask_ps(_mm_cmpgt_ps(a, b)) != 0;
+#else
+    const VecInt greater = a > b;
+    int32_t any = 0;
+    for (int i = 0; i < LANES; ++i) any |= greater[i];
+    return any != 0;
+#endif
 }
 
 // 2 ** x for x <= 0, exactly 0 below -126 and for -inf. Cephes' polynomial on [-1/2, 1/2].

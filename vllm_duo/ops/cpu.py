@@ -31,6 +31,12 @@ WRITE_STREAMING: int = _cpu.WRITE_STREAMING
 use_reference = os.environ.get("VLLM_DUO_OPS", "kernels") == "reference"
 """Whether CPU tensors run the references too; read at import, and set by tests."""
 
+_DTYPES = {
+    torch.float32: _cpu.FLOAT32,
+    torch.bfloat16: _cpu.BFLOAT16,
+    torch.float16: _cpu.FLOAT16,
+}
+
 _heads: weakref.WeakKeyDictionary[HeadMap, _cpu.Heads] = weakref.WeakKeyDictionary()
 
 
@@ -82,15 +88,15 @@ def run(
         phases,
         native_batch,
         native_heads,
-        query,
-        key,
-        value,
-        output,
+        None if query is None else _view("query", query),
+        _view("key", key),
+        _view("value", value),
+        None if output is None else _view("output", output),
         scale,
         *requests,
-        caches.retrieval,
+        None if caches.retrieval is None else _view("retrieval cache", caches.retrieval),
         None if paged is None else batch.memo(("native", paged), lambda: _paged_table(paged)),
-        caches.streaming,
+        None if caches.streaming is None else _view("streaming cache", caches.streaming),
         None if ring is None else batch.memo(("native", ring), lambda: _ring_table(ring)),
         None
         if ring is None or not ring.copies
@@ -126,6 +132,17 @@ def isa() -> str:
     """Name of the variant that runs."""
     name: str = _cpu.isa()
     return name
+
+
+def _view(name: str, tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """Address, dtype, shape and strides: what the kernels need to know of a tensor."""
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None or not tensor.is_cpu:
+        raise ValueError(
+            f"{name} must be float32, bfloat16 or float16 on the CPU for the CPU kernels, got "
+            f"{tensor.dtype} on {tensor.device}: set VLLM_DUO_OPS=reference for other dtypes"
+        )
+    return tensor.data_ptr(), dtype, tensor.shape, tensor.stride()
 
 
 def _paged_table(table: PagedTable) -> _cpu.BlockTable:
