@@ -25,7 +25,7 @@ from benchmarks.provenance import provenance
 from benchmarks.serving.arguments import Command, parse
 from benchmarks.serving.folder import RunFolder, refuse_other_settings
 from benchmarks.serving.run import Benchmark
-from benchmarks.serving.screen import Screen, table
+from benchmarks.serving.screen import Screen, tables
 from benchmarks.serving.settings import Settings
 from vllm_duo.report.serve_results import ServeResults
 
@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None, vllm: Sequence[str] | None = None) -
     except KeyboardInterrupt:
         _tell_kept(err, folder)
         return INTERRUPTED
-    out.print(table(results))
+    for table in tables(results):
+        out.print(table)
     out.print(f"Saved to {folder}: vllm-duo report {folder} draws it", markup=False, soft_wrap=True)
     return 0
 

@@ -144,6 +144,8 @@ class Benchmark:
     def _gate(self, fleet: Fleet) -> Gate:
         self.tell("correctness gate")
         questions = gates.make_questions(self.settings, self.texts)
+        if fleet.resident:
+            fleet.start(list(dict.fromkeys((*self.settings.sides, GATE_SIDE))))
 
         def ask(side: str, prompt: str, max_tokens: int, top: int) -> Any:
             return gates.ask_server(self._use(fleet, side).url, prompt, max_tokens, top)

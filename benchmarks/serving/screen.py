@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -108,48 +108,38 @@ def time_left_s(left: Sequence[Task], took: dict[str, list[float]]) -> float | N
     return sum(means.get(task.point.key, overall) for task in left)
 
 
-def table(results: ServeResults) -> Table:
-    """One line for each side of each point."""
-    made = Table(
-        "workload",
-        "tokens",
-        "load",
-        "side",
-        "output tok/s",
-        "x stock",
-        "TTFT ms",
-        "TPOT ms",
-        "ITL p99",
-        "E2E s",
-        "peak KV",
-        "preempt.",
-        "hits",
-        "pass keys",
-        title="median [lowest, highest round]; latencies: median of all requests (p95)",
-    )
+def tables(results: ServeResults) -> Iterator[Table]:
+    """One for each point, with a line for each side.
+
+    Of throughputs the median and the [lowest, highest] round, of latencies the median and the (95th
+    percentile) of all requests.
+    """
     for point in results.points:
-        load = f"{point.rate:g}/s" if point.rate is not None else f"{point.concurrency} at once"
-        for index, side in enumerate(point.sides):
-            head = (point.workload, f"{point.prompt_tokens:,}", load) if index == 0 else ("",) * 3
-            made.add_row(*head, side.side, *_cells(side), end_section=side is point.sides[-1])
-    return made
+        load = f"{point.rate:g} requests/s" if point.rate else f"{point.concurrency} in flight"
+        title = f"{point.workload}, {point.prompt_tokens:,} + {point.output_tokens} tokens, {load}"
+        made = Table(
+            "", "out tok/s", "x stock", "TTFT", "TPOT", "E2E", "KV", "hits", "keys", title=title
+        )
+        for side in point.sides:
+            made.add_row(side.side, *_cells(side))
+        yield made
 
 
 def _cells(side: SideAtPoint) -> list[str]:
-    hits, asked = side.prefix_hit_rate, side.passkeys_asked
+    """Throughput with its lowest and highest round, latencies with their 95th percentile."""
+    hits, asked, times = side.prefix_hit_rate, side.passkeys_asked, side.times_stock_output
     return [
-        _spread(side.output_tokens_per_s, ".1f"),
-        _spread(side.times_stock_output, ".2f") if side.times_stock_output else "",
-        f"{side.ttft_ms.median:.0f} ({side.ttft_ms.p95:.0f})",
-        f"{side.tpot_ms.median:.1f} ({side.tpot_ms.p95:.1f})",
-        f"{side.itl_ms.p99:.1f}",
-        f"{side.e2e_ms.median / 1000:.2f} ({side.e2e_ms.p95 / 1000:.2f})",
+        _spread(side.output_tokens_per_s, ".0f"),
+        _spread(times, ".2f") if times else "",
+        *(
+            f"{kind.median:.0f} ms\n({kind.p95:.0f})"
+            for kind in (side.ttft_ms, side.tpot_ms, side.e2e_ms)
+        ),
         f"{side.peak_kv_share:.0%}",
-        str(side.preemptions),
         "" if hits is None else f"{hits:.0%}",
         f"{side.passkeys_right}/{asked}" if asked else "",
     ]
 
 
 def _spread(value: Spread, form: str) -> str:
-    return f"{value.median:{form}} [{value.low:{form}}, {value.high:{form}}]"
+    return f"{value.median:{form}}\n[{value.low:{form}}, {value.high:{form}}]"

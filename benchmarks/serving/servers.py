@@ -117,9 +117,28 @@ class Fleet:
         if not self.resident:
             for other in [name for name in self.running if name != side]:
                 self.stop(other)
-        if side not in self.running:
-            self.running[side] = self._start(side)
+        self.start([side])
         return self.running[side]
+
+    def start(self, sides: Sequence[str]) -> None:
+        """Start servers that do not run yet, all at once: most of a start is one core's work.
+
+        Raises:
+            ValueError: a port is taken.
+            RuntimeError: one does not come up; the others are stopped too.
+        """
+        wanted = [side for side in sides if side not in self.running]
+        launched: dict[str, ServerProcess] = {}
+        try:
+            for side in wanted:
+                launched[side] = self._launch(side)
+            for side in wanted:
+                self.running[side] = self._ready(side, launched[side])
+        except BaseException:
+            for side, process in launched.items():
+                self.running.pop(side, None)
+                process.stop()
+            raise
 
     def stop(self, side: str) -> None:
         """Stop a server if it runs."""
@@ -139,35 +158,32 @@ class Fleet:
         check_port_is_free(port, side)
         return port
 
-    def _start(self, side: str) -> Running:
+    def _launch(self, side: str) -> ServerProcess:
         number = 1 + len(list(self.logs.glob(f"{side}-start*.log")))
-        log = self.logs / f"{side}-start{number}.log"
         process = ServerProcess(
             self.settings.model,
             self.settings.serve_arguments(side),
-            log=log,
+            log=self.logs / f"{side}-start{number}.log",
             env=self.settings.env,
             port=self._port(side),
         )
         process.command[:1] = self.vllm
         self.tell(f"starting {side}")
-        try:
-            process.__enter__()
-            waited = process.wait_until_ready()
-            tokens, length, requests = metrics.capacity(log.read_text(errors="replace"))
-            described = ServedSide(
-                side=side,
-                sparsity=self.settings.sparsity_of(side),
-                command=process.command,
-                start_s=waited,
-                max_model_len=api.max_model_len(process.url),
-                kv_tokens=tokens,
-                concurrent_requests=requests,
-                concurrent_request_tokens=length,
-            )
-        except BaseException:
-            process.stop()
-            raise
+        return process.__enter__()
+
+    def _ready(self, side: str, process: ServerProcess) -> Running:
+        process.wait_until_ready()
+        log = process.log.read_text(errors="replace")
+        tokens, length, requests = metrics.capacity(log)
+        described = ServedSide(
+            side=side,
+            sparsity=self.settings.sparsity_of(side),
+            command=process.command,
+            max_model_len=api.max_model_len(process.url),
+            kv_tokens=tokens,
+            concurrent_requests=requests,
+            concurrent_request_tokens=length,
+        )
         return Running(side, process, described)
 
 

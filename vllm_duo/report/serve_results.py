@@ -76,7 +76,6 @@ class ServedSide(_Frozen):
     side: str
     sparsity: float | None = Field(description="share of the KV heads that stream; null: stock")
     command: list[str]
-    start_s: float = Field(description="until it answered")
     max_model_len: int
     kv_tokens: int | None = Field(description="tokens that the KV pool holds, as vLLM logs it")
     concurrent_requests: float | None = Field(description="longest requests at once, likewise")
