@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -23,11 +24,26 @@ def provenance() -> dict[str, str | int]:
         check=False,
     )
     return {
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}",
         "commit": commit.stdout.strip() or "unknown",
         "python": platform.python_version(),
         "vllm": vllm.__version__,
         "torch": version("torch"),
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
         "cores": os.cpu_count() or 0,
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> str:
+    """Names of the NVIDIA GPUs; "none" without one."""
+    try:
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return "none"
+    return ", ".join(told.stdout.split("\n")).strip(", ") or "none"

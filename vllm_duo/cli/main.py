@@ -37,7 +37,9 @@ COMMANDS = {
     "eval": Command(
         "vllm_duo.cli.evaluate", "What a pattern costs in quality, through vLLM itself."
     ),
-    "report": Command("vllm_duo.cli.report", "Results of plan and eval as one HTML file."),
+    "report": Command(
+        "vllm_duo.cli.report", "Results of plan, eval and the serving benchmark as HTML."
+    ),
     "doctor": Command("vllm_duo.cli.doctor", "Whether this machine can serve with duo."),
 }
 

@@ -13,7 +13,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of eval, or JSON files of eval or plan --json.")
+        list[Path],
+        typer.Argument(help="Folders of eval or benchmarks.serve, or JSON files of plan --json."),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:

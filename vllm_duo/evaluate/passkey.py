@@ -175,13 +175,18 @@ def key_visible(prompt: PasskeyPrompt, *, sink_size: int, recent_size: int) -> b
 
 def is_correct(prompt: PasskeyPrompt, completion: str) -> bool:
     """Whether the first number in `completion` is the pass key (a chat reply may repeat words)."""
+    return first_number(completion) == prompt.answer
+
+
+def first_number(completion: str) -> str:
+    """The first run of decimal digits; empty if there is none."""
     digits = ""
     for character in completion:
         if character.isdecimal():
             digits += character
         elif digits:
             break
-    return digits == prompt.answer
+    return digits
 
 
 def _fill(budget: int, rng: random.Random, count_tokens: Callable[[str], int]) -> list[str]:

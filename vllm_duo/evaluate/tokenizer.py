@@ -19,13 +19,25 @@ def load_tokenizer(model: str) -> tuple[CountTokens, int]:
     Raises:
         ValueError: the model has no tokenizer.json there.
     """
+    tokenizer = open_tokenizer(model)
+    return lambda text: len(tokenizer.encode(text).ids), int(tokenizer.get_vocab_size())
+
+
+def open_tokenizer(model: str) -> Any:
+    """The model's ``tokenizers.Tokenizer``.
+
+    Args:
+        model: folder, or Hugging Face id of a model in the local cache.
+
+    Raises:
+        ValueError: the model has no tokenizer.json there.
+    """
     from tokenizers import Tokenizer
 
     file = Path(model).expanduser() / TOKENIZER_NAME
     if not file.is_file():
         file = _cached(model)
-    tokenizer: Any = Tokenizer.from_file(str(file))
-    return lambda text: len(tokenizer.encode(text).ids), int(tokenizer.get_vocab_size())
+    return Tokenizer.from_file(str(file))
 
 
 def _cached(model: str) -> Path:

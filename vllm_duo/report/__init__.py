@@ -1,1 +1,1 @@
-"""One HTML file from the JSON results of ``plan`` and ``eval``; it needs no network."""
+"""One HTML file from the JSON results of ``plan``, ``eval`` and ``benchmarks.serve``; no network."""

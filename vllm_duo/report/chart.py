@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-WIDTH, HEIGHT = 640, 300
+from vllm_duo.report.svg import WIDTH, add_line, add_text, new_chart
+
+HEIGHT = 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 64
 TICKS = 5
 
@@ -47,19 +49,16 @@ def line_chart(
     if not all(math.isfinite(value) and (value > 0 or not log) for value in values):
         raise ValueError(f"chart {title!r}: expected numbers, above 0 on a logarithmic axis")
     axis = _Axis(values, log)
-    root = ElementTree.Element(
-        "svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "class": "chart"}
-    )
-    ElementTree.SubElement(root, "title").text = title
+    root = new_chart(title, HEIGHT)
     for tick in axis.ticks():
         at = axis.place(tick)
-        _line(root, (LEFT, at), (WIDTH - RIGHT, at), "grid")
-        _text(root, LEFT - 6, at + 4, f"{tick:.3g}", "end")
+        add_line(root, (LEFT, at), (WIDTH - RIGHT, at), "grid")
+        add_text(root, LEFT - 6, at + 4, f"{tick:.3g}", "end")
     places = [
         LEFT + (WIDTH - LEFT - RIGHT) * (index + 0.5) / len(labels) for index in range(len(labels))
     ]
     for place, label in zip(places, labels, strict=True):
-        _text(root, place, HEIGHT - BOTTOM + 18, label, "middle")
+        add_text(root, place, HEIGHT - BOTTOM + 18, label, "middle")
     for index, line in enumerate(series):
         points = [(x, axis.place(y)) for x, y in zip(places, line.values, strict=True)]
         ElementTree.SubElement(
@@ -78,8 +77,8 @@ def line_chart(
             )
             ElementTree.SubElement(dot, "title").text = f"{line.name}, {label}: {value:.4g}"
         at_x = LEFT + index * (WIDTH - LEFT - RIGHT) / len(series)
-        _line(root, (at_x, HEIGHT - 18), (at_x + 24, HEIGHT - 18), f"line {line.style}")
-        _text(root, at_x + 30, HEIGHT - 14, line.name, "start")
+        add_line(root, (at_x, HEIGHT - 18), (at_x + 24, HEIGHT - 18), f"line {line.style}")
+        add_text(root, at_x + 30, HEIGHT - 14, line.name, "start")
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -102,16 +101,3 @@ class _Axis:
     def ticks(self) -> list[float]:
         steps = [self.low + (self.high - self.low) * (i + 0.5) / TICKS for i in range(TICKS)]
         return [10**step for step in steps] if self.log else steps
-
-
-def _line(
-    root: ElementTree.Element, start: tuple[float, float], end: tuple[float, float], style: str
-) -> None:
-    places = {"x1": start[0], "y1": start[1], "x2": end[0], "y2": end[1]}
-    attributes = {key: f"{value:.1f}" for key, value in places.items()}
-    ElementTree.SubElement(root, "line", {"class": style, **attributes})
-
-
-def _text(root: ElementTree.Element, x: float, y: float, text: str, anchor: str) -> None:
-    attributes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
-    ElementTree.SubElement(root, "text", attributes).text = text

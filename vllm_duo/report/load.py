@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["eval", "plan"]
+Kind = Literal["eval", "plan", "serve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,9 @@ def _load(run: Path) -> list[Result]:
         known = [result for result in found if result is not None]
         if not known:
             raise ValueError(
-                f"{run}: expected a folder with results of vllm-duo eval or plan --json (*.json), "
-                f"found {len(found)} JSON files, none of them results: name another folder"
+                f"{run}: expected a folder with results of vllm-duo eval, of plan --json or of "
+                f"benchmarks.serve (*.json), found {len(found)} JSON files, none of them results: name "
+                "another folder"
             )
         return known
     if not run.is_file():
@@ -50,8 +51,8 @@ def _load(run: Path) -> list[Result]:
     result = _read(run)
     if result is None:
         raise ValueError(
-            f"{run}: expected results of vllm-duo eval or of plan --json, got another JSON document: "
-            "name another file"
+            f"{run}: expected results of vllm-duo eval, of plan --json or of benchmarks.serve, got "
+            "another JSON document: name another file"
         )
     return [result]
 
@@ -68,6 +69,8 @@ def _read(file: Path) -> Result | None:
         return None
     if data.get("kind") == "eval" and {"tasks", "settings"} <= data.keys():
         return Result(file=file, kind="eval", data=data)
+    if data.get("kind") == "serve" and {"points", "gate"} <= data.keys():
+        return Result(file=file, kind="serve", data=data)
     if {"by_length", "full", "times_full_attention"} <= data.keys():
         return Result(file=file, kind="plan", data=data)
     return None

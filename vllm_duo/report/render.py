@@ -4,46 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_duo.planning.table import size
+from vllm_duo.report import serving
 from vllm_duo.report.chart import Series, line_chart
 from vllm_duo.report.load import Result
+from vllm_duo.report.page import Block, Cell, Section, row
 
 TEMPLATE = Path(__file__).with_name("template.html.j2")
 TITLE = "vllm-duo report"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One cell of a table; ``style`` is a class of the page, ``colour`` its background."""
-
-    text: str
-    style: str = ""
-    colour: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """A chart, or a table."""
-
-    title: str
-    chart: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Cell]] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """One result's part of the page."""
-
-    heading: str
-    file: str
-    settings: str
-    blocks: Sequence[Block]
-    notes: Sequence[str] = field(default=())
 
 
 def render(results: Sequence[Result]) -> str:
@@ -60,7 +31,8 @@ def render(results: Sequence[Result]) -> str:
         ) from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    sections = [_eval(r) if r.kind == "eval" else _plan(r) for r in results]
+    makers = {"eval": _eval, "plan": _plan, "serve": _serve}
+    sections = [makers[r.kind](r) for r in results]
     return str(template.render(title=TITLE, sections=sections))
 
 
@@ -73,6 +45,12 @@ def _section(result: Result, heading: str, blocks: Iterator[Block], notes: Any =
         blocks=list(blocks),
         notes=notes,
     )
+
+
+def _serve(result: Result) -> Section:
+    results = serving.read(result)
+    heading = f"Serving: {results.settings['model']}, stock vLLM and duo under the same load"
+    return _section(result, heading, serving.blocks(results), serving.notes(results))
 
 
 def _plan(result: Result) -> Section:
@@ -109,7 +87,7 @@ def _plan_blocks(plan: dict[str, Any]) -> Iterator[Block]:
         title="Capacity",
         columns=("tokens", "duo holds", "full holds", "duo fits", "full fits", "waste"),
         rows=[
-            _row(
+            row(
                 f"{duo['tokens']:,}",
                 size(duo["held_bytes"]),
                 size(full["held_bytes"]),
@@ -132,7 +110,7 @@ def _eval_blocks(data: dict[str, Any]) -> Iterator[Block]:
     for name, task in data["tasks"].items():
         for side in task.get("duo", {}).values():
             verdict = side["verdict"]
-            cells = _row(
+            cells = row(
                 name,
                 f"{side['sparsity']:.0%}",
                 *(f"{100 * verdict[key]:.1f}" for key in ("full", "duo")),
@@ -141,7 +119,7 @@ def _eval_blocks(data: dict[str, Any]) -> Iterator[Block]:
             rows.append([*cells, Cell(text=verdict["told"], style=f"words {verdict['kind']}")])
         for length, why in task["skipped_lengths"].items():
             told = Cell(text=f"not at {length} tokens: {why}", style="words cannot_do")
-            rows.append([*_row(name, "", "", "", ""), told])
+            rows.append([*row(name, "", "", "", ""), told])
     columns = ("task", "streaming", "full", "duo", "questions", "verdict")
     yield Block(title="Verdicts", columns=columns, rows=rows)
     for name, task in data["tasks"].items():
@@ -194,7 +172,3 @@ def _perplexity(sides: dict[str, Any]) -> Iterator[Block]:
                 ],
             ),
         )
-
-
-def _row(*texts: str) -> list[Cell]:
-    return [Cell(text=text) for text in texts]

@@ -1,0 +1,1 @@
+"""The parts of ``benchmarks.serve``: stock vLLM and duo under the same load."""

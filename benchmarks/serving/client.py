@@ -1,0 +1,177 @@
+"""One point on one server: vLLM's own client sends the requests, /metrics is sampled meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving import api, metrics
+from benchmarks.serving.settings import Point
+from vllm_duo.report.serve_results import ServerCounts
+
+SAMPLE_EVERY_S = 0.25
+UNREACHABLE_AFTER_S = 60.0
+LOG_TAIL_LINES = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One run of the client.
+
+    Attributes:
+        url: of the server.
+        model: whose tokenizer the client counts with.
+        point: the load.
+        requests: the dataset, and how many lines it has.
+        count: its lines.
+        seed: of the arrivals.
+        result: file that takes the client's results, raw samples included.
+        log: file that takes the client's output.
+        timeout_s: longest that it may take.
+    """
+
+    url: str
+    model: str
+    point: Point
+    requests: Path
+    count: int
+    seed: int
+    result: Path
+    log: Path
+    timeout_s: float
+
+
+def client_command(load: Load, vllm: Sequence[str]) -> list[str]:
+    """``vllm bench serve`` with every setting spelt out."""
+    flags: dict[str, Any] = {
+        "--backend": "vllm",
+        "--base-url": load.url,
+        "--endpoint": "/v1/completions",
+        "--model": "benchmark",
+        "--tokenizer": load.model,
+        "--dataset-name": "custom",
+        "--dataset-path": load.requests,
+        "--custom-output-len": -1,
+        "--num-prompts": load.count,
+        "--seed": load.seed,
+        "--temperature": 0,
+        "--percentile-metrics": "ttft,tpot,itl,e2el",
+        "--metric-percentiles": "50,95,99",
+        "--result-dir": load.result.parent,
+        "--result-filename": load.result.name,
+    }
+    if load.point.rate is not None:
+        flags["--request-rate"] = load.point.rate
+    else:
+        flags["--max-concurrency"] = load.point.concurrency
+    switches = [
+        "--skip-chat-template",
+        "--disable-shuffle",
+        "--no-oversample",
+        "--ignore-eos",
+        "--save-result",
+        "--save-detailed",
+        "--disable-tqdm",
+    ]
+    return [*vllm, "bench", "serve", *(str(x) for pair in flags.items() for x in pair), *switches]
+
+
+def run_client(
+    load: Load, vllm: Sequence[str], check_alive: Callable[[], None]
+) -> tuple[dict[str, Any], ServerCounts]:
+    """Run the client and sample the server's metrics until it ends.
+
+    Args:
+        load: what to run.
+        vllm: the command ``vllm``.
+        check_alive: raises if the server has ended.
+
+    Returns:
+        The client's results, and what the server counted.
+
+    Raises:
+        ServerDiedError: the server ended; the client was stopped.
+        UnreachableError: the server runs and has not answered for a minute.
+        RuntimeError: the client failed, took too long, or a request was not answered.
+    """
+    samples = [metrics.read_sample(api.metrics_text(load.url))]
+    load.result.parent.mkdir(parents=True, exist_ok=True)
+    with load.log.open("wb") as out:
+        client = subprocess.Popen(
+            client_command(load, vllm),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _watch(client, load, samples, check_alive)
+    finally:
+        _end(client)
+    if client.returncode:
+        check_alive()
+        raise RuntimeError(
+            f"vllm bench serve ended with exit code {client.returncode}; the end of {load.log}:\n"
+            f"{_tail(load.log)}"
+        )
+    samples.append(metrics.read_sample(api.metrics_text(load.url)))
+    raw: dict[str, Any] = json.loads(load.result.read_text())
+    errors = [error for error in raw["errors"] if error]
+    if raw["failed"] or errors:
+        check_alive()
+        first = errors[0].strip().splitlines()[-1] if errors else "no reason told"
+        raise RuntimeError(
+            f"{load.point.key}: expected {load.count} answers, {raw['failed']} requests failed, the "
+            f"first with: {first}; see the server's log, and {load.log}"
+        )
+    if raw["completed"] != load.count:
+        raise RuntimeError(
+            f"{load.point.key}: expected {load.count} answers, got {raw['completed']}: see {load.log}"
+        )
+    return raw, metrics.counts(samples)
+
+
+def _watch(
+    client: subprocess.Popen[bytes],
+    load: Load,
+    samples: list[metrics.Sample],
+    check_alive: Callable[[], None],
+) -> None:
+    """Until the client ends; a busy server may miss some samples, but not all for a minute."""
+    start = answered = time.monotonic()
+    while True:
+        try:
+            client.wait(SAMPLE_EVERY_S)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        check_alive()
+        now = time.monotonic()
+        if now - start > load.timeout_s:
+            raise RuntimeError(
+                f"{load.point.key}: expected the client to end within {load.timeout_s:g} s, it still "
+                "runs: send fewer requests or a lower load, or raise --point-timeout-s"
+            )
+        try:
+            samples.append(metrics.read_sample(api.metrics_text(load.url)))
+            answered = time.monotonic()
+        except api.UnreachableError:
+            if now - answered > UNREACHABLE_AFTER_S:
+                raise
+
+
+def _end(client: subprocess.Popen[bytes]) -> None:
+    """Kill it if it still runs."""
+    if client.poll() is None:
+        os.killpg(client.pid, signal.SIGKILL)
+        client.wait()
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
