@@ -10,11 +10,12 @@ duo's answers are right. ``docs/benchmarks.md`` tells all flags and what is writ
     vllm-duo report runs/needle --out report.html
 
 Exit codes: 0; 1 if the gate is red, or a server or the client failed (what was measured is kept); 2 if
-the input is at fault; 130 for Ctrl-C.
+the input is at fault; 130 for Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None, vllm: Sequence[str] | None = None) -
         vllm: command in place of ``vllm``.
     """
     out, err = Console(), Console(stderr=True, highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are stopped then too
     folder: Path | None = None
     try:
         command = parse(sys.argv[1:] if argv is None else argv)

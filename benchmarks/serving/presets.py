@@ -70,34 +70,26 @@ def two_core() -> Preset:
                 *("--load-format", "dummy", "--dtype", "float32"),
                 *("--max-model-len", str(MAX_MODEL_LEN)),
             ),
-            "env": {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1"},
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1"},
         },
         prepare=make_dummy_model,
     )
 
 
 def _two_core_points() -> Iterator[Point]:
-    for tokens, requests, concurrencies, rates in (
-        (1024, 24, (1, 8), (1.0,)),
-        (4096, 12, (1, 8), ()),
-        (16384, 6, (6,), ()),
-    ):
-        for concurrency in concurrencies:
-            yield Point(
-                workload="random",
-                prompt_tokens=tokens,
-                output_tokens=64,
-                requests=requests,
-                concurrency=concurrency,
-            )
-        for rate in rates:
-            yield Point(
-                workload="random",
-                prompt_tokens=tokens,
-                output_tokens=64,
-                requests=requests,
-                rate=rate,
-            )
+    """The pool of 1 GiB holds 32,768 tokens of stock: 7 requests of the closed loop of 8 at 4k."""
+    loads: tuple[tuple[int, int, dict[str, Any]], ...] = (
+        (1024, 8, {"concurrency": 1}),
+        (1024, 16, {"concurrency": 8}),
+        (1024, 12, {"rate": 0.4}),
+        (4096, 4, {"concurrency": 1}),
+        (4096, 8, {"concurrency": 8}),
+        (16384, 2, {"concurrency": 2}),
+    )
+    for tokens, requests, load in loads:
+        yield Point(
+            workload="random", prompt_tokens=tokens, output_tokens=64, requests=requests, **load
+        )
 
 
 def make_dummy_model(folder: Path) -> Path:

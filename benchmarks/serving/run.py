@@ -18,6 +18,9 @@ from benchmarks.serving.settings import GATE_SIDE, Point, Settings
 from benchmarks.serving.workloads import Request, make_requests, write_requests
 from vllm_duo.report.serve_results import Gate, Run, ServeResults
 
+WARM_TOKENS = (512, 4096)
+"""Prompts that a fresh server gets first, unless all points have shorter ones."""
+
 
 class GateError(RuntimeError):
     """Wrong answers: nothing is measured."""
@@ -102,6 +105,8 @@ class Benchmark:
         }
         with Fleet(self.settings, self.folder.logs, self.tell, self.vllm) as fleet:
             gate = self.folder.gate() or self._gate(fleet)
+            if fleet.resident:
+                fleet.start(sorted({task.side for task in self.tasks}))
             try:
                 for task in self.tasks:
                     start(task)
@@ -124,7 +129,7 @@ class Benchmark:
             self._refuse_too_long(server)
             rng = random.Random(f"{self.settings.seed} warm")
             longest = max(p.prompt_tokens for p in self.settings.points) or gates.PROMPT_TOKENS
-            for tokens in sorted({min(longest, gates.PROMPT_TOKENS), longest}):
+            for tokens in sorted({min(longest, most) for most in WARM_TOKENS}):
                 prompt = self.texts.random(tokens - self.texts.special_tokens, rng)
                 gates.ask_server(server.url, prompt, 8, 0)
             self.warm.add(id(server))

@@ -17,6 +17,8 @@ from benchmarks.serving.settings import Settings
 from vllm_duo.evaluate.server import ServerProcess, vllm_command
 from vllm_duo.report.serve_results import ServedSide
 
+START_TIMEOUT_S = 1200.0
+"""Several servers that compile for the first time on few cores take minutes."""
 Tell = Callable[[str], None]
 
 
@@ -172,7 +174,7 @@ class Fleet:
         return process.__enter__()
 
     def _ready(self, side: str, process: ServerProcess) -> Running:
-        process.wait_until_ready()
+        process.wait_until_ready(timeout_s=START_TIMEOUT_S)
         log = process.log.read_text(errors="replace")
         tokens, length, requests = metrics.capacity(log)
         described = ServedSide(
