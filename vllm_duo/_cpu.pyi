@@ -6,6 +6,12 @@ WRITE_RETRIEVAL: int
 COPY_SNAPSHOTS: int
 ATTEND: int
 WRITE_STREAMING: int
+FLOAT32: int
+BFLOAT16: int
+FLOAT16: int
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+"""Address, dtype (one of the constants above), shape and strides in elements of a tensor."""
 
 class Heads:
     def __init__(self, retrieval: list[int], streaming: list[int]) -> None: ...
@@ -31,16 +37,16 @@ def run(
     phases: int,
     batch: Batch,
     heads: Heads,
-    query: torch.Tensor | None,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor | None,
+    query: View | None,
+    key: View,
+    value: View,
+    output: View | None,
     scale: float,
     first: int,
     last: int,
-    retrieval: torch.Tensor | None,
+    retrieval: View | None,
     paged: BlockTable | None,
-    streaming: torch.Tensor | None,
+    streaming: View | None,
     ring: BlockTable | None,
     copies: Copies | None,
     check: bool,

@@ -53,6 +53,8 @@ def step(**changes):
         ({"query": torch.zeros(12, 3, 32)}, "query has 3 heads, not a multiple of 2"),
         ({"output": torch.zeros(12, 4, 32).bfloat16()}, "output and query must have one shape"),
         ({"query": torch.zeros(12, 4, 64)[..., ::2]}, "query must be .* contiguous last dim"),
+        ({"query": torch.zeros(12, 4, 32, 1, 1)}, "of up to 4 dimensions"),
+        ({"output": torch.zeros(12, 4, 32, device="meta")}, "output must be .* got .* on meta"),
         ({"caches": LayerCaches()}, "1 retrieval heads and no retrieval cache"),
         (
             {"key": torch.zeros(12, 2, 32).double(), "value": torch.zeros(12, 2, 32).double()},

@@ -134,7 +134,7 @@ def isa() -> str:
     return name
 
 
-def _view(name: str, tensor: torch.Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def _view(name: str, tensor: torch.Tensor) -> _cpu.View:
     """Address, dtype, shape and strides: what the kernels need to know of a tensor."""
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None or not tensor.is_cpu:
