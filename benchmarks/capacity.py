@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks.simulated_config import SHAPES, Kind
 from benchmarks.simulated_engine import SimulatedEngine, make_engine
+from vllm_duo.kv_cache.capacity import Capacity
 
 SPARE_REQUESTS = 8
 """Requests queued beyond what should fit, so that the pool is what stops the scheduler."""
@@ -169,7 +170,9 @@ def planned_blocks(settings: Settings, engine: SimulatedEngine, num_tokens: int)
 def planned_requests(settings: Settings, engine: SimulatedEngine, num_tokens: int) -> int:
     """Requests of ``num_tokens`` that fit by the same arithmetic, the null block taken off."""
     if engine.layout is not None:
-        return int(engine.layout.concurrent_requests(settings.pool_bytes, num_tokens))
+        return int(
+            Capacity.of_bytes(engine.layout, settings.pool_bytes).concurrent_requests(num_tokens)
+        )
     blocks = settings.pool_bytes // settings.stock_block_bytes - 1
     return blocks // planned_blocks(settings, engine, num_tokens)
 

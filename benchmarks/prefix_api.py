@@ -15,6 +15,7 @@ from typing import Any, Literal
 from benchmarks.prefix_scenarios import Scenario
 from vllm_duo.evaluate.server import ServerProcess
 from vllm_duo.heads import HeadPattern
+from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 
 SERVED_NAME = "prefix"
@@ -81,13 +82,13 @@ class Served:
     def capacity(self) -> dict[str, int]:
         """What the pool holds for running requests, whatever is cached."""
         layout = self.layout if self.kind == "duo" else self.layout.full_attention
-        held = layout.concurrent_requests(self.blocks * self.block_bytes, self.max_model_len)
+        capacity = Capacity(layout=layout, num_blocks=self.blocks)
         return {
             "blocks": self.blocks,
             "block_bytes": self.block_bytes,
             "pool_bytes": self.blocks * self.block_bytes,
             "request_tokens": self.max_model_len,
-            "tokens_that_fit": int(held * self.max_model_len),
+            "tokens_that_fit": capacity.tokens_that_fit(self.max_model_len),
         }
 
     def flags(self) -> list[str]:

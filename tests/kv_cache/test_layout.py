@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_duo.heads import HeadPattern
 from vllm_duo.heads.discovery import PUBLISHED, list_shipped
+from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.layout import (
     ANY_LENGTH,
     HELD_TOLERANCE,
@@ -187,7 +188,9 @@ class TestWorkedExamples:
     def test_one_block_of_the_pool_is_vllms(self):
         layout = plan_layout(shape_of([1], [0]), block_size=16, sink_size=16, recent_size=16)
         assert layout.blocks(160) == 10
-        assert layout.concurrent_requests(1001 * layout.block_bytes, 160) == 100.0
+        assert (
+            Capacity.of_bytes(layout, 1001 * layout.block_bytes).concurrent_requests(160) == 100.0
+        )
 
     def test_full_attention_pages_every_head(self):
         layout = plan_layout(shape_of([1], [3]), block_size=16, sink_size=16, recent_size=16)
@@ -378,7 +381,7 @@ class TestLayoutProperties:
     @given(plans, lengths, st.integers(0, 10**9))
     def test_that_many_requests_fit_the_pool(self, layout, num_tokens, pool_bytes):
         pool_bytes += layout.block_bytes
-        fitting = int(layout.concurrent_requests(pool_bytes, num_tokens))
+        fitting = int(Capacity.of_bytes(layout, pool_bytes).concurrent_requests(num_tokens))
         held = fitting * layout.held_bytes(num_tokens) + layout.block_bytes
         assert held <= pool_bytes < held + layout.held_bytes(num_tokens) + layout.block_bytes
 
@@ -394,7 +397,12 @@ class TestLayoutProperties:
     @given(plans, lengths)
     def test_a_pool_of_what_a_request_holds_fits_one(self, layout, num_tokens):
         num_blocks = layout.blocks(num_tokens) + 1
-        assert layout.concurrent_requests(num_blocks * layout.block_bytes, num_tokens) == 1.0
+        assert (
+            Capacity.of_bytes(layout, num_blocks * layout.block_bytes).concurrent_requests(
+                num_tokens
+            )
+            == 1.0
+        )
         assert layout.num_blocks(num_blocks * layout.block_bytes) == num_blocks
         assert layout.max_request_tokens(num_blocks) >= num_tokens
 

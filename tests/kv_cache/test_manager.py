@@ -14,6 +14,7 @@ from vllm.v1.core import kv_cache_utils
 from tests.kv_cache.caches import Engine, config_of, layout_of, specs_of, two_bins
 from vllm_duo import plugin
 from vllm_duo.compat.snapshot_orders import take_orders
+from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.layout import Layout
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
@@ -175,7 +176,7 @@ class TestAdmission:
         admitted = 0
         while engine.step(engine.request(str(admitted), 320), 320, whole=True):
             admitted += 1
-        assert admitted == int(layout.concurrent_requests(pool_bytes, 320))
+        assert admitted == int(Capacity.of_bytes(layout, pool_bytes).concurrent_requests(320))
 
 
 def server(max_model_len: int) -> SimpleNamespace:
@@ -213,7 +214,9 @@ class TestStartUp:
         figure = kv_cache_utils.get_max_concurrency_for_kv_cache_config(for_server, config)
         # vLLM counts its null block; the layout's own figure does not.
         assert figure == 1000 / layout.blocks(max_model_len)
-        ours = layout.concurrent_requests(1000 * layout.block_bytes, max_model_len)
+        ours = Capacity.of_bytes(layout, 1000 * layout.block_bytes).concurrent_requests(
+            max_model_len
+        )
         assert ours == pytest.approx(figure * 999 / 1000)
 
     def test_exactly_enough_for_one_request_starts(self):

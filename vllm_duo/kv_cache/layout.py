@@ -351,13 +351,6 @@ class Layout:
         """
         return pool_bytes // self.block_bytes
 
-    def concurrent_requests(self, pool_bytes: int, num_tokens: int) -> float:
-        """Requests of ``num_tokens`` (1 or more) tokens that fit a pool, its null block taken off.
-
-        Worked example: a pool of 1,001 blocks and requests of 10 blocks: 1,000 / 10 = 100.0.
-        """
-        return max(self.num_blocks(pool_bytes) - 1, 0) / self.blocks(num_tokens)
-
     def max_request_tokens(self, num_blocks: int) -> int:
         """Tokens of the longest request that fits ``num_blocks`` blocks, the null block taken off.
 
