@@ -40,7 +40,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "Qwen2": "",
         "Qwen3": "",
         "published head patterns": "found by the model's name",
-        "LoRA adapters": "",
+        "LoRA adapters": "`--max-loras` above their number ([why](failures.md#while-it-runs))",
         "quantised weights": "compressed-tensors, GPTQ, AWQ",
         "embeddings and pooling": "",
         "multimodal input": "",
