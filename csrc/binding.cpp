@@ -32,9 +32,9 @@ std::string shape_of(const Any& tensor) {
     return result + "]";
 }
 
-// A tensor as Python describes it: (address, dtype, shape, strides in elements). DLPack would say the
-// same, but frameworks take several microseconds to export a tensor, and a step has six in each layer.
-// The caller keeps the memory.
+// A tensor as Python describes it: (address, dtype, shape, strides in elements). DLPack would say
+// the same, but frameworks take several microseconds to export a tensor, and a step has six in each
+// layer. The caller keeps the memory.
 class View {
   public:
     static constexpr size_t MAX_DIMS = 4;
@@ -238,8 +238,7 @@ void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& head
     check_table(name, to, *blocks, batch, check);
 }
 
-void check_activations(const View& key, const View& value, const Heads& heads,
-                       const Batch& batch) {
+void check_activations(const View& key, const View& value, const Heads& heads, const Batch& batch) {
     if (key.ndim() != 3 || value.ndim() != 3 || key.dtype() != value.dtype() ||
         key.shape(0) != value.shape(0) || key.shape(1) != value.shape(1) ||
         key.shape(2) != value.shape(2)) {

@@ -41,7 +41,8 @@ struct ReadAhead {
     }
 };
 
-// Scores of R rows against LANES / R keys, side by side: lane r * LANES / R + i is row r's of key i.
+// Scores of R rows against LANES / R keys, side by side: lane r * LANES / R + i is row r's of key
+// i.
 template <typename T, int R, bool Ahead>
 DUO_INLINE Vec score_keys(const float* query, HeadChunks chunks, const T* const* key,
                           ReadAhead& ahead) {
@@ -114,8 +115,8 @@ DUO_INLINE void score_tile(const float* query, HeadChunks chunks, const T* const
 
 // values[r] += score[r] * value, R rows and C chunks of the head.
 template <typename T, int R, int C, bool Half, bool Ahead>
-DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhead& ahead,
-                             int chunk, float* values, int64_t padded) {
+DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhead& ahead, int chunk,
+                             float* values, int64_t padded) {
     Vec total[R][2 * C];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -215,7 +216,8 @@ DUO_INLINE void for_row_groups(int rows, Work work) {
     if (r < rows) work(r, Indices<1>{});
 }
 
-// Hides what a row does not see: repeated keys of the last tile, and later drafts from earlier ones.
+// Hides what a row does not see: repeated keys of the last tile, and later drafts from earlier
+// ones.
 template <typename T>
 DUO_INLINE void hide_keys(const HeadClass& heads, const Request& request, int group,
                           const KeyBlock<T, TILE>& tile, DecodeRows& rows) {
