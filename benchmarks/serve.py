@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None, vllm: Sequence[str] | None = None) -
         vllm: command in place of ``vllm``.
     """
     out, err = Console(), Console(stderr=True, highlight=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers are stopped then too
     folder: Path | None = None
     try:
         command = parse(sys.argv[1:] if argv is None else argv)
@@ -99,4 +98,5 @@ def _begin(command: Command) -> tuple[Settings, RunFolder]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the servers, as Ctrl-C does
     raise SystemExit(main())
