@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention_layers import DuoLayer, Shape, StockLayer
-from benchmarks.provenance import provenance
+from benchmarks.provenance import lscpu, provenance
 from vllm_duo.ops import cpu
 
 LAYERS_BYTES = 128 << 20
@@ -270,13 +269,12 @@ def main() -> int:
                 rows += measure(case, limits[threads])
     console.print(table_of(rows))
     if arguments.out:
-        lscpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
         result = {
             **provenance(),
             "kernels": cpu.describe(),
             "limits": limits,
             "cases": rows,
-            "lscpu": lscpu,
+            "lscpu": lscpu(),
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import lscpu, provenance
 
 LAYERS, HEADS, HEAD_SIZE, HIDDEN, VOCABULARY = 4, 16, 64, 512, 4096
 GOAL = 0.95
@@ -274,8 +273,7 @@ def main() -> int:
     console.width = max(console.width, 110)
     console.print(table_of(rows))
     if arguments.out:
-        lscpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-        result = {**provenance(), "goal": GOAL, "steps": rows, "lscpu": lscpu}
+        result = {**provenance(), "goal": GOAL, "steps": rows, "lscpu": lscpu()}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0

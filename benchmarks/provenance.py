@@ -35,6 +35,11 @@ def provenance() -> dict[str, str | int]:
     }
 
 
+def lscpu() -> str:
+    """What ``lscpu`` prints."""
+    return subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+
+
 def _gpu() -> str:
     """Names of the NVIDIA GPUs; "none" without one."""
     try:

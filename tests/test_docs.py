@@ -12,11 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.published import published_layout
 from tests.test_server_errors import REFUSED_MODELS, REFUSED_SETTINGS
-from vllm_duo import HeadPattern
 from vllm_duo.compat.scheduler_stats import COUNTERS
 from vllm_duo.heads.discovery import PUBLISHED
-from vllm_duo.kv_cache.layout import KVShape, plan_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -98,18 +97,7 @@ def test_table_of_what_a_sparsity_saves():
     assert len(patterns) == 4
     for folder in patterns:
         for sparsity in (0.25, 0.5, 0.75):
-            mask = HeadPattern.load(folder).select(sparsity=sparsity).retrieval
-            layout = plan_layout(
-                KVShape(
-                    retrieval_heads=tuple(int(n) for n in mask.sum(1)),
-                    streaming_heads=tuple(int(n) for n in (~mask).sum(1)),
-                    head_size=128,
-                    dtype_bytes=2,
-                ),
-                block_size=128,
-                sink_size=64,
-                recent_size=256,
-            )
+            layout = published_layout(folder, sparsity)
             times = [layout.full_attention_bytes(n) / layout.held_bytes(n) for n in lengths]
             cells = " | ".join(f"{each:.2f} x" for each in times)
             assert f"| {100 * sparsity:.0f} % | {cells} |" in text, folder.name

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_duo import HeadPattern
+from tests.published import published_layout
 from vllm_duo.heads.discovery import PUBLISHED
-from vllm_duo.kv_cache.layout import KVShape, plan_layout
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 LENGTHS = (4096, 32768, 131072)
@@ -17,18 +16,7 @@ LENGTHS = (4096, 32768, 131072)
 @pytest.mark.parametrize("name", ["Meta-Llama-3.1-8B-Instruct", "Llama-2-7B-32K-Instruct"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.75])
 def test_memory_table(name, sparsity):
-    mask = HeadPattern.load(PUBLISHED / name).select(sparsity=sparsity).retrieval
-    layout = plan_layout(
-        KVShape(
-            retrieval_heads=tuple(int(n) for n in mask.sum(1)),
-            streaming_heads=tuple(int(n) for n in (~mask).sum(1)),
-            head_size=128,
-            dtype_bytes=2,
-        ),
-        block_size=128,
-        sink_size=64,
-        recent_size=256,
-    )
+    layout = published_layout(PUBLISHED / name, sparsity)
     stock = [layout.full_attention_bytes(n) / 2**30 for n in LENGTHS]
     held = [layout.held_bytes(n) / 2**30 for n in LENGTHS]
     assert f"stock | {' | '.join(f'{s:.2f} GiB' for s in stock)} |" in README

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from vllm_duo.report.svg import WIDTH, add_line, add_text, new_chart
+from vllm_duo.report.svg import WIDTH, add_curve, add_line, add_text, new_chart
 
 HEIGHT = 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 64
@@ -61,21 +61,11 @@ def line_chart(
         add_text(root, place, HEIGHT - BOTTOM + 18, label, "middle")
     for index, line in enumerate(series):
         points = [(x, axis.place(y)) for x, y in zip(places, line.values, strict=True)]
-        ElementTree.SubElement(
-            root,
-            "polyline",
-            {
-                "class": f"line {line.style}",
-                "points": " ".join(f"{x:.1f},{y:.1f}" for x, y in points),
-            },
-        )
-        for (x, y), label, value in zip(points, labels, line.values, strict=True):
-            dot = ElementTree.SubElement(
-                root,
-                "circle",
-                {"class": f"dot {line.style}", "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "4"},
-            )
-            ElementTree.SubElement(dot, "title").text = f"{line.name}, {label}: {value:.4g}"
+        titles = [
+            f"{line.name}, {label}: {value:.4g}"
+            for label, value in zip(labels, line.values, strict=True)
+        ]
+        add_curve(root, line.style, points, titles)
         at_x = LEFT + index * (WIDTH - LEFT - RIGHT) / len(series)
         add_line(root, (at_x, HEIGHT - 18), (at_x + 24, HEIGHT - 18), f"line {line.style}")
         add_text(root, at_x + 30, HEIGHT - 14, line.name, "start")

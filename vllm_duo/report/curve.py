@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-from vllm_duo.report.svg import WIDTH, add_line, add_text, new_chart
+from vllm_duo.report.svg import WIDTH, add_curve, add_line, add_text, new_chart
 
 HEIGHT = 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 84
@@ -59,21 +59,9 @@ def curve_chart(title: str, x_name: str, curves: Sequence[Curve]) -> str:
         add_text(root, place(x, 0)[0], HEIGHT - BOTTOM + 18, f"{x:.3g}", "middle")
     add_text(root, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 36, x_name, "middle")
     for index, curve in enumerate(curves):
-        _draw(root, curve, [place(x, y) for x, y, _ in curve.points])
+        titles = [f"{curve.name}, {words}: {x:.4g}, {y:.4g}" for x, y, words in curve.points]
+        add_curve(root, curve.style, [place(x, y) for x, y, _ in curve.points], titles)
         at = LEFT + index * (WIDTH - LEFT - RIGHT) / len(curves)
         add_line(root, (at, HEIGHT - 18), (at + 24, HEIGHT - 18), f"line {curve.style}")
         add_text(root, at + 30, HEIGHT - 14, curve.name, "start")
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _draw(root: ElementTree.Element, curve: Curve, places: Sequence[tuple[float, float]]) -> None:
-    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    ElementTree.SubElement(root, "polyline", {"class": f"line {curve.style}", "points": corners})
-    for (x, y), (value_x, value_y, words) in zip(places, curve.points, strict=True):
-        dot = ElementTree.SubElement(
-            root,
-            "circle",
-            {"class": f"dot {curve.style}", "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "4"},
-        )
-        told = f"{curve.name}, {words}: {value_x:.4g}, {value_y:.4g}"
-        ElementTree.SubElement(dot, "title").text = told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
 WIDTH = 640
@@ -29,3 +30,18 @@ def add_text(root: ElementTree.Element, x: float, y: float, text: str, anchor: s
     """A text that starts, ends or is centred at a place."""
     attributes = {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor}
     ElementTree.SubElement(root, "text", attributes).text = text
+
+
+def add_curve(
+    root: ElementTree.Element,
+    style: str,
+    places: Sequence[tuple[float, float]],
+    titles: Sequence[str],
+) -> None:
+    """A line through places, with a dot at each that tells its title."""
+    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    ElementTree.SubElement(root, "polyline", {"class": f"line {style}", "points": corners})
+    for (x, y), title in zip(places, titles, strict=True):
+        attributes = {"class": f"dot {style}", "cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "4"}
+        dot = ElementTree.SubElement(root, "circle", attributes)
+        ElementTree.SubElement(dot, "title").text = title

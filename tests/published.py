@@ -1,0 +1,22 @@
+"""Layouts of the shipped patterns, as README and docs tell of them."""
+
+from __future__ import annotations
+
+from vllm_duo import HeadPattern
+from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
+
+
+def published_layout(folder, sparsity: float) -> Layout:
+    """Of a shipped pattern's folder: head size 128 in bf16, blocks of 128, sink 64, recent 256."""
+    mask = HeadPattern.load(folder).select(sparsity=sparsity).retrieval
+    return plan_layout(
+        KVShape(
+            retrieval_heads=tuple(int(n) for n in mask.sum(1)),
+            streaming_heads=tuple(int(n) for n in (~mask).sum(1)),
+            head_size=128,
+            dtype_bytes=2,
+        ),
+        block_size=128,
+        sink_size=64,
+        recent_size=256,
+    )
