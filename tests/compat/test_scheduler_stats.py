@@ -131,11 +131,22 @@ class TestWaste:
         monkeypatch.setattr(scheduler_stats, "monotonic", lambda: now[0])
         scheduler = FakeScheduler(None, None)
         first = pool_waste_ppm(scheduler)
-        scheduler.running = []
+        scheduler.running = FakeScheduler(None, None, lengths=(33,)).running
         now[0] += 0.9
         assert pool_waste_ppm(scheduler) == first > 0
         now[0] += 0.2
+        assert pool_waste_ppm(scheduler) == round(1e6 * WIDE.waste(33)) != first
+
+    def test_the_last_to_go_leaves_none_behind(self, monkeypatch):
+        monkeypatch.setattr(scheduler_stats, "monotonic", lambda: 100.0)
+        scheduler = FakeScheduler(None, None)
+        running = scheduler.running
+        first = pool_waste_ppm(scheduler)
+        scheduler.running = []
         assert pool_waste_ppm(scheduler) == 0
+        scheduler.running = running[:1]
+        assert pool_waste_ppm(scheduler) == round(1e6 * WIDE.waste(160)) > 0
+        assert first > 0
 
 
 class TestStreamingHits:

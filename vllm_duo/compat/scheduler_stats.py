@@ -26,6 +26,7 @@ COUNTERS = ("streaming_prefix_hits", "streaming_prefix_hit_tokens", "streaming_s
 WASTE_SECONDS = 1.0
 """The pool's waste takes some microseconds a request to find, so not every step does."""
 LAST_WASTE = "duo_last_waste"
+NEVER = (float("-inf"), 0)
 
 
 def patch(module: ModuleType) -> None:
@@ -103,11 +104,17 @@ def streaming_hits(kv_cache_manager: Any) -> dict[str, int]:
 def pool_waste_ppm(scheduler: Any) -> int:
     """Waste of what the running requests hold now, in millionths; found anew once a second.
 
+    A scheduler that has nothing left to run takes no further step, so its last one says 0: what is
+    read while it rests would else be the waste of some request long gone.
+
     Args:
         scheduler: vLLM's ``Scheduler``, with ``pool_report.LAYOUT``; remembers the last figure.
     """
+    if not scheduler.running:
+        setattr(scheduler, LAST_WASTE, NEVER)
+        return 0
     now = monotonic()
-    last, ppm = getattr(scheduler, LAST_WASTE, (-WASTE_SECONDS, 0))
+    last, ppm = getattr(scheduler, LAST_WASTE, NEVER)
     if now - last < WASTE_SECONDS:
         return int(ppm)
     layout: Layout = getattr(scheduler, LAYOUT)
