@@ -164,6 +164,10 @@ REFUSED_SETTINGS = {
         "attention that is not causal",
         {"attention_backend": None, "attention_config": {"backend": "duo", "use_non_causal": True}},
     ),
+    "microbatches (`--ubatch-size`)": (
+        "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace",
+        {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+    ),
     "attention backends per kind of layer": (
         "attention backends per kind of layer: all attention layers must run duo",
         {"attention_backend": None, "attention_config": PER_KIND},
@@ -262,6 +266,12 @@ class TestRefusals:
     def test_setting(self, serve, setting):
         reason, settings = setting
         assert reasons_of(serve, **settings) == [reason]
+
+    @pytest.mark.refused("decode-context parallelism")
+    def test_decode_context_parallelism(self, serve):
+        """vLLM takes its ranks from those of tensor parallelism."""
+        reasons = reasons_of(serve, tensor_parallel_size=2, decode_context_parallel_size=2)
+        assert "--decode-context-parallel-size 2: not tested yet, set it to 1" in reasons
 
     @pytest.mark.refused("model runner V2")
     def test_model_runner_v2(self, serve, monkeypatch):
@@ -372,6 +382,21 @@ class TestGoodServers:
     def test_every_dtype(self, serve, dtype):
         config = serve(dtype=dtype, kv_cache_dtype="auto" if dtype == "float32" else dtype)
         assert str(config.model_config.dtype) == f"torch.{dtype}"
+
+    @pytest.mark.switched_off("async scheduling")
+    def test_async_scheduling_is_switched_off(self, serve):
+        assert serve(async_scheduling=True).scheduler_config.async_scheduling is False
+
+    @pytest.mark.switched_off("microbatches (`--enable-dbo`)")
+    def test_dual_batch_overlap_is_switched_off(self, serve):
+        config = serve(enable_dbo=True, all2all_backend="deepep_low_latency")
+        assert not config.parallel_config.use_ubatching
+
+    def test_adapters_on_a_cpu_come_with_a_warning(self, serve, messages):
+        serve(enable_lora=True, max_loras=3)
+        (warning,) = [text for level, text in messages if level == "WARNING"]
+        assert "use the adapter in the last of the 3 slots" in warning
+        assert "serve at most 2 adapters, or raise --max-loras" in warning
 
     def test_server_without_duo_is_left_alone(self, serve, messages):
         config = serve(table=None, attention_backend=None)

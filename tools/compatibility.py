@@ -1,8 +1,9 @@
 """Generate docs/compatibility.md from the markers of collected tests.
 
 A test that shows a feature carries ``@pytest.mark.feature("name", ...)``, a test of its refusal
-``@pytest.mark.refused("name", ...)``. A row says "works" or "refused" only if a test that is collected
-says so; else it says "not tested". Tests that may be skipped or are known to fail show nothing.
+``@pytest.mark.refused("name", ...)``, and one that vLLM itself switches it off and serves without
+``@pytest.mark.switched_off("name", ...)``. A row says so only if a test that is collected does; else it
+says "not tested". Tests that may be skipped or are known to fail show nothing.
 
 ``python tools/compatibility.py`` writes the page; ``tests/tools/test_compatibility.py`` holds the
 committed one against the tests.
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 OUT = "VLLM_DUO_MARKS"  # environment variable: where the collecting process writes what it found
-MARKERS = ("feature", "refused")
+MARKERS = ("feature", "refused", "switched_off")
+STATUS = dict(zip(MARKERS, ("works", "refused", "switched off"), strict=True))
 SHOW_NOTHING = ("skip", "skipif", "xfail", "gpu")
 
 # Groups of rows: name of the feature, and a note where its name does not say enough.
@@ -41,7 +43,8 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "Qwen3": "",
         "published head patterns": "found by the model's name",
         "LoRA adapters": "`--max-loras` above their number ([why](failures.md#while-it-runs))",
-        "quantised weights": "compressed-tensors, GPTQ, AWQ",
+        "quantised weights, int8": "compressed-tensors, weights and inputs",
+        "quantised weights, 4 bits": "GPTQ, AWQ; on CPUs vLLM 0.32 needs AVX-512 for them",
         "embeddings and pooling": "",
         "multimodal input": "",
         "encoder-decoder models": "cross-attention",
@@ -84,11 +87,12 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "preemption": "",
         "priority scheduling": "",
         "aborted requests": "",
-        "async scheduling": "vLLM switches it off on CPUs",
+        "async scheduling": "",
         "pausing (sleep levels 0 and 1)": "",
         "`--enable-sleep-mode`": "on CPUs vLLM itself refuses it",
         "model runner V2": "",
         "microbatches (`--enable-dbo`)": "",
+        "microbatches (`--ubatch-size`)": "",
         "hybrid KV cache manager switched off": "",
         "attention backends per kind of layer": "",
         "KV-sharing fast prefill": "",
@@ -135,7 +139,7 @@ class Row:
     """A line of the page.
 
     Attributes:
-        status: "works", "refused" or "not tested".
+        status: "works", "refused", "switched off" or "not tested".
         tests: what shows it, as ``file::test``.
     """
 
@@ -217,11 +221,11 @@ def rows_of(marks: Iterable[tuple[str, str, str]]) -> dict[str, list[Row]]:
                 "the row to FEATURES in tools/compatibility.py"
             )
         shown[marker].setdefault(feature, set()).add(test)
-    for feature in shown["feature"].keys() & shown["refused"].keys():
-        raise ValueError(
-            f"{feature!r} works by {sorted(shown['feature'][feature])} and is refused by "
-            f"{sorted(shown['refused'][feature])}: split the row or remove a marker"
-        )
+    for feature in known:
+        told = [marker for marker in MARKERS if feature in shown[marker]]
+        if len(told) > 1:
+            each = [f"{STATUS[marker]} by {sorted(shown[marker][feature])}" for marker in told]
+            raise ValueError(f"{feature!r}: {' and '.join(each)}: split the row or remove a marker")
     return {
         group: [_row(feature, note, shown) for feature, note in features.items()]
         for group, features in FEATURES.items()
@@ -229,7 +233,7 @@ def rows_of(marks: Iterable[tuple[str, str, str]]) -> dict[str, list[Row]]:
 
 
 def _row(feature: str, note: str, shown: Mapping[str, Mapping[str, set[str]]]) -> Row:
-    for marker, status in (("feature", "works"), ("refused", "refused")):
+    for marker, status in STATUS.items():
         if tests := shown[marker].get(feature):
             return Row(feature, note, status, _together(tests))
     return Row(feature, note, "not tested", ())
@@ -259,8 +263,9 @@ def render(groups: Mapping[str, Sequence[Row]], version: str) -> str:
         f"What the test suite shows on vLLM's CPU platform, with vLLM {version}. *Works*: a test runs",
         "the feature with duo and checks what comes out, mostly token by token against an oracle.",
         "*Refused*: the server does not start, or the plugin stays out, and says why",
-        "([what to do](failures.md)). *Not tested*: no test, so no promise. A test marked slow runs in",
-        "`make test-all` or `make soak` only.",
+        "([what to do](failures.md)). *Switched off*: vLLM itself switches it off on CPUs and serves",
+        "without. *Not tested*: no test, so no promise. A test marked slow runs in `make test-all` or",
+        "`make soak` only.",
     ]
     for group, rows in groups.items():
         lines += ["", f"## {group}", "", "| feature | | shown by |", "|---|---|---|"]

@@ -48,6 +48,19 @@ def refuse(reasons: list[str]) -> None:
         )
 
 
+def known_limits(vllm_config: VllmConfig) -> Iterator[str]:
+    """What vLLM itself gets wrong on this server with any attention backend, and how to avoid it."""
+    from vllm.platforms import current_platform
+
+    lora = vllm_config.lora_config
+    if lora is not None and current_platform.is_cpu():
+        yield (
+            "vLLM on CPUs lets requests without an adapter use the adapter in the last of the "
+            f"{lora.max_loras} slots whenever they run beside one that has an adapter: serve at most "
+            f"{lora.max_loras - 1} adapters, or raise --max-loras"
+        )
+
+
 def platform_refusals(additional_config: Any = None) -> Iterator[str]:
     """Why duo cannot serve on the platform that vLLM chose, if so.
 

@@ -44,9 +44,12 @@ class TestRows:
     def test_a_test_of_the_refusal_refuses_it(self):
         assert row("ALiBi", [("refused", "ALiBi", "a::b")]).status == "refused"
 
+    def test_a_test_that_it_is_off_says_so(self):
+        assert row("ALiBi", [("switched_off", "ALiBi", "a::b")]).status == "switched off"
+
     def test_both_are_a_contradiction(self):
         marks = [("refused", "ALiBi", "a::b"), ("feature", "ALiBi", "a::c")]
-        with pytest.raises(ValueError, match=r"'ALiBi' works by \['a::c'\] and is refused by"):
+        with pytest.raises(ValueError, match=r"'ALiBi': works by \['a::c'\] and refused by"):
             rows_of(marks)
 
     def test_an_unknown_name_is_told_with_the_nearest(self):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
-from vllm_duo.support import check_supported
+from vllm_duo.support import check_supported, known_limits
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -83,6 +83,8 @@ def prepare_server(vllm_config: VllmConfig) -> None:
     check_supported(vllm_config)
     plan = resolve_plan(vllm_config)
     _log_plan(plan)
+    for limit in known_limits(vllm_config):
+        logger.warning("%s", limit)
 
 
 def _log_plan(plan: ServerPlan) -> None:
