@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_duo.heads import HeadPattern
-from vllm_duo.heads.picture import COLOURS, colour_of, draw, heatmap
+from vllm_duo.heads.picture import COLOURS, rgb_of, draw, heatmap
 
 VALUES = np.array([[0.0, 1.0, 0.55], [-0.01, 0.3, 1.01]])
 MARKS = np.array([[False, True, True], [False, False, True]])
@@ -20,7 +20,7 @@ def test_digits_without_colours():
 def test_colours_follow_the_values():
     text = heatmap(VALUES, marks=None, coloured=True)
     cells = [span.style for span in text.spans]
-    assert cells == [colour_of(value) for value in VALUES.ravel()]
+    assert cells == [rgb_of(value) for value in VALUES.ravel()]
     assert cells[0] == "rgb({},{},{})".format(*COLOURS[0])
     assert cells[1] == "rgb({},{},{})".format(*COLOURS[-1])
 
@@ -31,7 +31,7 @@ def test_lighter_is_more(value):
         red, green, blue = (int(part) for part in colour[4:-1].split(","))
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    assert lightness(colour_of(value)) <= lightness(colour_of(min(value + 0.1, 1)))
+    assert lightness(rgb_of(value)) <= lightness(rgb_of(min(value + 0.1, 1)))
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])

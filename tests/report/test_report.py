@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
 
 from tests.cli_run import run  # noqa: F401 - a fixture
-from tests.evaluate.test_run import evaluated, finds_the_needle  # noqa: F401 - a fixture
-from tests.planning.test_plan import write_model
-from vllm_duo.planning.plan import PlanRequest, plan_memory
+from vllm_duo import HeadPattern
 from vllm_duo.report.chart import Series, line_chart
+from vllm_duo.report.grid import GridCell, grid_chart
 from vllm_duo.report.load import load_results
+from vllm_duo.report.pattern import name_of
 from vllm_duo.report.render import render
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -46,30 +47,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words += data
-
-
-@pytest.fixture
-def plan_file(tmp_path):
-    model = write_model(tmp_path / "model", 32, 32, 8, 4096)
-    request = PlanRequest(
-        model=model, duo={"pattern": "Meta-Llama-3.1-8B-Instruct"}, kv_cache_bytes=40 * 2**30
-    )
-    file = tmp_path / "plan.json"
-    file.write_text(plan_memory(request).model_dump_json())
-    return file
-
-
-@pytest.fixture
-def eval_folder(evaluated, tmp_path):  # noqa: F811
-    def answer(name, prompt):
-        return "" if name == "duo-0.75" else finds_the_needle(name, prompt)
-
-    given = {"sparsities": (0.5, 0.75), "perplexity": True, "tasks": ("needle", "copying")}
-    results = evaluated(answer, lengths=(100, 400), **given)
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
 
 
 class TestPage:
@@ -122,6 +99,57 @@ class TestPage:
             length["concurrent_requests"] = 0.0
         plan_file.write_text(json.dumps(data))
         assert "<svg" not in render(load_results([plan_file]))
+
+
+class TestPattern:
+    def test_every_head_has_its_cell_and_kept_ones_a_dot(self, pattern_folder):
+        page = render(load_results([pattern_folder]))
+        (chart,) = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+        root = ElementTree.fromstring(chart)
+        told = [rect.findtext("title") for rect in root.findall("rect")]
+        pattern = HeadPattern.load(pattern_folder)
+        assert told[0] == f"layer 0, KV head 0: {pattern.values[0, 0]:.3f}"
+        assert len(told) == pattern.values.size + 6  # and the legend
+        dots = len(root.findall("circle"))
+        assert dots == pattern.select(sparsity=0.5).retrieval.sum()
+
+    def test_selections_can_be_told_by_their_hashes(self, pattern_folder):
+        words = Page(render(load_results([pattern_folder]))).words
+        for sparsity in (0.25, 0.5, 0.75):
+            assert HeadPattern.load(pattern_folder).select(sparsity=sparsity).mask_hash in words
+        assert '"deploy_sink_size": 16' in words
+
+    def test_a_models_own_pattern_has_the_models_name(self, tmp_path):
+        assert name_of(tmp_path / "Some-Model" / "duo_pattern") == "Some-Model"
+        assert name_of(tmp_path / "mine") == "mine"
+
+    def test_a_broken_table_is_refused(self, pattern_folder):
+        (pattern_folder / "full_attention_heads.tsv").write_text("1.0\tno\n")
+        with pytest.raises(ValueError, match="line 1, column 2: expected a number, got 'no'"):
+            render(load_results([pattern_folder]))
+
+
+class TestGrid:
+    def chart(self, columns, **settings):
+        cells = [[GridCell(colour="rgb(1,2,3)", text=str(c)) for c in range(columns)]]
+        names = [str(c) for c in range(columns)]
+        return ElementTree.fromstring(grid_chart("t", ["row"], names, cells, **settings))
+
+    @pytest.mark.parametrize("columns", [1, 8, 32, 128])
+    def test_cells_stand_side_by_side_within_the_picture(self, columns):
+        cells = [(float(r.get("x")), float(r.get("width"))) for r in self.chart(columns).iter("rect")]
+        for (x, width), (following, _) in pairwise(cells):
+            assert x + width == pytest.approx(following, abs=0.11)
+        assert cells[-1][0] + cells[-1][1] <= 640
+
+    def test_names_do_not_run_into_each_other(self):
+        above = [float(t.get("x")) for t in self.chart(128).iter("text") if t.get("y") == "20.0"]
+        assert 2 < len(above) < 128
+        assert min(b - a for a, b in pairwise(above)) >= 20
+
+    def test_other_numbers_of_cells(self):
+        with pytest.raises(ValueError, match="chart 't': expected 2 rows of 1 cells"):
+            grid_chart("t", ["a", "b"], ["c"], [[GridCell()]])
 
 
 class TestChart:

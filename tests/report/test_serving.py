@@ -15,81 +15,9 @@ from vllm_duo.report.render import render
 PARSED = ElementTree.fromstring
 
 
-def quantiles(median):
-    return {"median": median, "p95": 2 * median, "p99": 3 * median, "mean": median, "samples": 9}
-
-
-def spread(median):
-    return {"median": median, "low": median - 1, "high": median + 1}
-
-
-def side(name, throughput, latency):
-    latencies = {key: quantiles(latency) for key in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")}
-    return {
-        "side": name,
-        "rounds": 2,
-        "output_tokens_per_s": spread(throughput),
-        "total_tokens_per_s": spread(10 * throughput),
-        **latencies,
-        "median_tpot_ms": spread(latency),
-        "median_ttft_ms": spread(latency),
-        "peak_kv_share": 0.5,
-        "peak_running": 2,
-        "preemptions": 3,
-        "prefix_hit_rate": None,
-        "passkeys_asked": 4,
-        "passkeys_right": 3,
-        "times_stock_output": None if name == "stock" else spread(2.0),
-    }
-
-
-def point(load, *sides):
-    return {
-        "key": f"random-{load}",
-        "workload": "random",
-        "prompt_tokens": 1024,
-        "output_tokens": 64,
-        "requests": 8,
-        "rate": None,
-        "concurrency": load,
-        "sides": list(sides),
-    }
-
-
-def served(name, tokens):
-    return {
-        "side": name,
-        "sparsity": None if name == "stock" else 0.5,
-        "command": ["vllm", "serve"],
-        "max_model_len": 2048,
-        "kv_tokens": tokens,
-        "concurrent_requests": 1.0,
-        "concurrent_request_tokens": 2048,
-    }
-
-
 @pytest.fixture
-def data():
-    return {
-        "schema_version": 1,
-        "kind": "serve",
-        "complete": True,
-        "settings": {"model": "m"},
-        "versions": {"cpu": "Some CPU"},
-        "gate": {
-            "passed": True,
-            "compared_tokens": 9,
-            "near_ties": 0,
-            "differences": [],
-            "passkeys": [],
-            "judges_passkeys": True,
-        },
-        "sides": [served("stock", 1000), served("duo-0.5", 1900)],
-        "points": [
-            point(8, side("stock", 30.0, 20.0), side("duo-0.5", 60.0, 15.0)),
-            point(1, side("stock", 10.0, 5.0), side("duo-0.5", 11.0, 4.0)),
-        ],
-    }
+def data(serve_data):
+    return serve_data
 
 
 def page(data):

@@ -14,15 +14,29 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of eval or benchmarks.serve, or JSON files of plan --json."),
+        typer.Argument(
+            help="Folders of eval or benchmarks.serve, JSON files of plan --json, pattern folders."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder to write each chart and heatmap to, too.")
+    ] = None,
+    figure_kinds: Annotated[
+        str, typer.Option(help="svg, png or both, separated by commas.")
+    ] = "svg",
 ) -> None:
     """Make one HTML file of results: opens from disk, without a network, light or dark."""
     from vllm_duo.cli.consoles import out as console
+    from vllm_duo.report.figures import write_figures
     from vllm_duo.report.load import load_results
-    from vllm_duo.report.render import render
+    from vllm_duo.report.render import render, sections_of
 
-    page = render(load_results(runs))
+    results = load_results(runs)
+    page = render(results)
+    if figures is not None:
+        files = write_figures(sections_of(results), figures, figure_kinds.split(","))
+        told = f"Saved {len(files)} figures to {figures}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     out.write_text(page, encoding="utf-8")
     console.print(f"Saved to {out}", markup=False, highlight=False, soft_wrap=True)

@@ -22,8 +22,8 @@ COLOURS = (
 """Viridis at nine points: even in lightness, and so readable without colour vision."""
 
 
-def colour_of(value: float) -> str:
-    """Rich's colour of a value in [0, 1], clipped."""
+def rgb_of(value: float) -> str:
+    """Colour of a value in [0, 1], clipped, as rich and CSS write it."""
     place = min(max(value, 0.0), 1.0) * (len(COLOURS) - 1)
     low = min(int(place), len(COLOURS) - 2)
     share = place - low
@@ -49,7 +49,7 @@ def heatmap(
         for head, value in enumerate(row):
             marked = marks is not None and bool(marks[layer, head])
             if coloured:
-                text.append(CELL, style=colour_of(float(value)))
+                text.append(CELL, style=rgb_of(float(value)))
             else:
                 text.append(DIGITS[min(int(np.clip(value, 0, 1) * 10), 9)])
             text.append("*" if marked else " ")
@@ -63,7 +63,7 @@ def legend(coloured: bool) -> Text:
         return Text("0 to 9: tenths of the value; * a retrieval head at this cut")
     text = Text("0 ")
     for step in range(11):
-        text.append(CELL, style=colour_of(step / 10))
+        text.append(CELL, style=rgb_of(step / 10))
     return text.append(" 1   * a retrieval head at this cut")
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["eval", "plan", "serve"]
+from vllm_duo.heads.folder import TSV_NAME, read_folder
+
+Kind = Literal["eval", "pattern", "plan", "serve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class Result:
     Attributes:
         file: where it was read.
         kind: what made it.
-        data: its contents.
+        data: its contents; of a pattern, which is a table, its config.json as ``settings``.
     """
 
     file: Path
@@ -27,7 +29,7 @@ class Result:
 
 
 def load_results(runs: Sequence[Path]) -> list[Result]:
-    """Read files, and of folders every JSON file at the top that holds results.
+    """Read files, and of folders the head pattern and every JSON file at the top that holds results.
 
     Raises:
         ValueError: a file is missing, broken or of another kind; a folder has no results.
@@ -39,11 +41,14 @@ def _load(run: Path) -> list[Result]:
     if run.is_dir():
         found = [_read(file) for file in sorted(run.glob("*.json"))]
         known = [result for result in found if result is not None]
+        if (run / TSV_NAME).is_file():
+            config = read_folder(run)[1]
+            known.insert(0, Result(file=run / TSV_NAME, kind="pattern", data={"settings": config}))
         if not known:
             raise ValueError(
                 f"{run}: expected a folder with results of vllm-duo eval, of plan --json or of "
-                f"benchmarks.serve (*.json), found {len(found)} JSON files, none of them results: name "
-                "another folder"
+                f"benchmarks.serve (*.json), or with a head pattern ({TSV_NAME}), found {len(found)} "
+                "JSON files, none of them results: name another folder"
             )
         return known
     if not run.is_file():

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_duo.heads import HeadPattern
 from vllm_duo.planning.table import size
-from vllm_duo.report import serving
+from vllm_duo.report import pattern, serving, style
 from vllm_duo.report.chart import Series, line_chart
 from vllm_duo.report.load import Result
 from vllm_duo.report.page import Block, Cell, Section, row
@@ -17,10 +18,21 @@ TEMPLATE = Path(__file__).with_name("template.html.j2")
 TITLE = "vllm-duo report"
 
 
+def sections_of(results: Sequence[Result]) -> list[Section]:
+    """What the page shows of each result, in their order.
+
+    Raises:
+        ValueError: results of another version, or none in them.
+    """
+    makers = {"eval": _eval, "pattern": _pattern, "plan": _plan, "serve": _serve}
+    return [makers[result.kind](result) for result in results]
+
+
 def render(results: Sequence[Result]) -> str:
     """The whole page.
 
     Raises:
+        ValueError: results of another version, or none in them.
         RuntimeError: jinja2 is not installed.
     """
     try:
@@ -31,9 +43,15 @@ def render(results: Sequence[Result]) -> str:
         ) from None
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    makers = {"eval": _eval, "plan": _plan, "serve": _serve}
-    sections = [makers[r.kind](r) for r in results]
-    return str(template.render(title=TITLE, sections=sections))
+    return str(
+        template.render(
+            title=TITLE,
+            sections=sections_of(results),
+            light=style.variables(style.LIGHT),
+            dark=style.variables(style.DARK),
+            chart_rules=style.CHART_RULES,
+        )
+    )
 
 
 def _section(result: Result, heading: str, blocks: Iterator[Block], notes: Any = ()) -> Section:
@@ -51,6 +69,11 @@ def _serve(result: Result) -> Section:
     results = serving.read(result)
     heading = f"Serving: {results.settings['model']}, stock vLLM and duo under the same load"
     return _section(result, heading, serving.blocks(results), serving.notes(results))
+
+
+def _pattern(result: Result) -> Section:
+    found = HeadPattern.load(result.file.parent)
+    return _section(result, f"Pattern: {pattern.name_of(result.file.parent)}", pattern.blocks(found))
 
 
 def _plan(result: Result) -> Section:
