@@ -25,11 +25,22 @@ def evaluate(
     sparsity: Annotated[
         str, typer.Option(help="Shares that stream, one engine each.")
     ] = "0.25,0.5,0.75",
-    tasks: Annotated[str, typer.Option(help="Names of tasks, or all.")] = "all",
+    tasks: Annotated[str, typer.Option(help="Names of tasks, all or none.")] = "all",
     lengths: Annotated[str, typer.Option(help="Prompts, in tokens.")] = "1024,2048",
     samples: Annotated[int, typer.Option(help="Of each task and length.")] = 20,
     depths: Annotated[str, typer.Option(help="Places of the needle.")] = "0,0.25,0.5,0.75,1",
     perplexity: Annotated[bool, typer.Option(help="Perplexity by position too.")] = True,
+    suites: Annotated[str, typer.Option(help="Tasks of lm-eval, asked through vLLM too.")] = "",
+    suites_limit: Annotated[int | None, typer.Option(help="Documents of each suite.")] = None,
+    suites_path: Annotated[
+        Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")
+    ] = None,
+    suites_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; default: the task's.")
+    ] = None,
+    suites_chat: Annotated[
+        bool, typer.Option(help="Suites through the model's chat template.")
+    ] = False,
     sink_size: Annotated[int | None, typer.Option(help="Tokens; default as in the server.")] = None,
     recent_size: Annotated[
         int | None, typer.Option(help="Tokens; default as in the server.")
@@ -58,11 +69,16 @@ def evaluate(
         model=model,
         pattern=pattern,
         sparsities=_numbers("--sparsity", sparsity),
-        tasks=tuple(TASKS) if tasks == "all" else tuple(filter(None, tasks.split(","))),
+        tasks={"all": tuple(TASKS), "none": ()}.get(tasks, _names(tasks)),
         perplexity=perplexity,
         lengths=_numbers("--lengths", lengths),
         depths=_numbers("--depths", depths),
         samples=samples,
+        suites=_names(suites),
+        suites_limit=suites_limit,
+        suites_path=None if suites_path is None else str(suites_path.absolute()),
+        suites_fewshot=suites_fewshot,
+        suites_chat=suites_chat,
         sink_size=sink_size,
         recent_size=recent_size,
         seed=seed,
@@ -109,6 +125,10 @@ def _settings(**given: Any) -> EvalSettings:
             for item in error.errors()
         ]
         raise ValueError("; ".join(part.strip() for part in told)) from None
+
+
+def _names(given: str) -> tuple[str, ...]:
+    return tuple(filter(None, given.split(",")))
 
 
 def _numbers(flag: str, given: str) -> tuple[float, ...]:

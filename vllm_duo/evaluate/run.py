@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +15,7 @@ from vllm_duo.evaluate.engines import answers_of
 from vllm_duo.evaluate.questions import Questions, make_questions
 from vllm_duo.evaluate.settings import EvalSettings
 from vllm_duo.evaluate.statistics import judge, wilson
+from vllm_duo.evaluate.suites import compared
 from vllm_duo.evaluate.task import CountTokens
 from vllm_duo.evaluate.tasks import TASKS
 from vllm_duo.model_facts import model_refusals
@@ -28,12 +29,19 @@ ROOM_TOKENS = 16
 
 
 def engine_arguments(
-    settings: EvalSettings, sparsity: float | None, longest: int
+    settings: EvalSettings, sparsity: float | None, longest: int | None
 ) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``; stock's own attention where ``sparsity`` is None."""
+    """Arguments of ``vllm.LLM``; stock's own attention where ``sparsity`` is None.
+
+    Args:
+        settings: of the run.
+        sparsity: share of the KV heads that stream.
+        longest: question and answer, in tokens; None: as long as the model allows.
+    """
+    limit = {} if longest is None else {"max_model_len": longest + ROOM_TOKENS}
     arguments: dict[str, Any] = {
         "model": settings.model,
-        "max_model_len": longest + ROOM_TOKENS,
+        **limit,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "seed": settings.seed,
@@ -68,40 +76,53 @@ def evaluate(
         NotImplementedError: duo cannot serve the model.
     """
     questions = make_questions(settings, count_tokens)
-    if not questions.rounds and not questions.texts:
+    if not questions.rounds and not questions.texts and not settings.suites:
         reasons = "; ".join(
             f"{name}: {reason}"
             for name, why in questions.skipped.items()
             for reason in why.values()
         )
         raise ValueError(f"no task fits any of the lengths: {reasons}")
-    asked = [
-        [
-            {"prompt": q.sample.prompt, "max_tokens": TASKS[q.task].max_tokens}
-            for q in questions_of_turn
-        ]
-        for questions_of_turn in questions.rounds
-    ]
-    counted = [
-        count_tokens(q.sample.prompt) + TASKS[q.task].max_tokens
-        for questions_of_turn in questions.rounds
-        for q in questions_of_turn
-    ]
-    longest = max([*counted, max(settings.lengths)])
     selections = {s: selection_of(settings, s) for s in settings.sparsities}
-    sides: dict[str, dict[str, Any]] = {}
-    for name, sparsity in _engines(settings).items():
-        progress(name)
-        job = {
-            "engine": engine_arguments(settings, sparsity, longest),
-            # Answers are kept by the whole job: another pattern in the same folder is another job.
-            "selection": None if sparsity is None else selections[sparsity],
-            "rounds": asked,
-            "texts": questions.texts,
-        }
-        sides[name] = answers_of(name, job, folder)
-    results = _results(settings, questions, sides, vocabulary)
+    found: dict[str, dict[str, Any]] = {"questions": {}, "suites": {}}
+    for kind, name, job in _jobs(settings, questions, count_tokens, selections):
+        progress(name if kind == "questions" else f"{name} by lm-eval")
+        file = name if kind == "questions" else f"{name}-{kind}"
+        found[kind][name] = answers_of(file, job, folder)
+    results = _results(settings, questions, found["questions"], vocabulary)
+    if settings.suites:
+        scores = {name: answers["suites"] for name, answers in found["suites"].items()}
+        duos = {n: (s, scores[n]) for n, s in _engines(settings).items() if s is not None}
+        results["tasks"] |= compared(scores[FULL], duos, settings.seed)
     return results | {"selections": {f"duo-{s:g}": found for s, found in selections.items()}}
+
+
+def _jobs(
+    settings: EvalSettings,
+    questions: Questions,
+    count_tokens: CountTokens,
+    selections: Mapping[float, dict[str, Any]],
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What each engine is asked, as ("questions" or "suites", the engine's name, job).
+
+    Answers are kept by the whole job, and a selection is part of it: another pattern in the same
+    folder is another job.
+    """
+    asked = [
+        [{"prompt": q.sample.prompt, "max_tokens": TASKS[q.task].max_tokens} for q in turn]
+        for turn in questions.rounds
+    ]
+    counted = [count_tokens(q["prompt"]) + q["max_tokens"] for turn in asked for q in turn]
+    longest = max([*counted, *settings.lengths])
+    for name, sparsity in _engines(settings).items():
+        selection = {"selection": None if sparsity is None else selections[sparsity]}
+        if asked or questions.texts:
+            own = {"rounds": asked, "texts": questions.texts}
+            engine = engine_arguments(settings, sparsity, longest)
+            yield "questions", name, {"engine": engine} | selection | own
+        if settings.suites:
+            engine = engine_arguments(settings, sparsity, None)
+            yield "suites", name, {"engine": engine} | selection | {"suites": settings.suites_job()}
 
 
 def selection_of(settings: EvalSettings, sparsity: float) -> dict[str, Any]:
@@ -138,7 +159,7 @@ def _results(
     duos = {name: s for name, s in _engines(settings).items() if s is not None}
     tasks: dict[str, Any] = {}
     for name in settings.tasks:
-        full = [row for row in scored[FULL] if row["task"] == name]
+        full = [row for row in scored.get(FULL, ()) if row["task"] == name]
         task: dict[str, Any] = {
             "summary": TASKS[name].summary,
             "skipped_lengths": questions.skipped.get(name, {}),

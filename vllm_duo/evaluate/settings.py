@@ -22,6 +22,11 @@ class EvalSettings(BaseModel):
         lengths: prompts, in tokens.
         depths: places of the answer for tasks with one, in turn.
         samples: of each task and length.
+        suites: tasks of lm-eval, which answers them through vLLM.
+        suites_limit: documents of each; None: all.
+        suites_path: folder with tasks of one's own; None: lm-eval's only.
+        suites_fewshot: examples before each question; None: as each task has it.
+        suites_chat: whether questions go through the model's chat template.
         sink_size: of the streaming heads, in tokens; None: as the server would choose.
         recent_size: likewise.
         seed: of all prompts.
@@ -38,6 +43,11 @@ class EvalSettings(BaseModel):
     lengths: tuple[Length, ...] = Field(default=(1024, 2048), min_length=1)
     depths: tuple[Share, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     samples: int = Field(default=20, ge=1)
+    suites: tuple[str, ...] = ()
+    suites_limit: int | None = Field(default=None, ge=1)
+    suites_path: str | None = None
+    suites_fewshot: int | None = Field(default=None, ge=0)
+    suites_chat: bool = False
     sink_size: int | None = None
     recent_size: int | None = None
     seed: int = 0
@@ -53,6 +63,17 @@ class EvalSettings(BaseModel):
                 f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown)}: correct them"
             )
         return self
+
+    def suites_job(self) -> dict[str, Any]:
+        """What ``suites.run_suites`` asks lm-eval for."""
+        return {
+            "tasks": list(self.suites),
+            "limit": self.suites_limit,
+            "include_path": self.suites_path,
+            "num_fewshot": self.suites_fewshot,
+            "apply_chat_template": self.suites_chat,
+            "seed": self.seed,
+        }
 
     def duo(self, sparsity: float) -> dict[str, Any]:
         """The "duo" section of one engine's ``additional_config``."""

@@ -4,7 +4,8 @@
 
 A job is ``{"engine": {...}, "rounds": [[{"prompt", "max_tokens"}, ...], ...], "texts": [...]}``: the
 arguments of ``vllm.LLM``, the questions by turn, and texts whose tokens' log-probabilities are wanted.
-Answers are ``{"rounds": [[text, ...], ...], "logprobs": [[...], ...]}``, greedy.
+Answers are ``{"rounds": [[text, ...], ...], "logprobs": [[...], ...]}``, greedy. A job with ``suites``
+instead of questions is one for ``suites.run_suites``; its answer is ``{"suites": {...}}``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vllm_duo.evaluate.suites import run_suites
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -24,6 +27,8 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError: the job is not whole; before vLLM is imported.
     """
+    if "suites" in job:
+        return {"suites": run_suites(job)}
     arguments, rounds, texts = job["engine"], job["rounds"], job["texts"]
     from vllm import LLM
 
