@@ -34,8 +34,9 @@ test: setup  ## The whole suite but its slow cases
 test-all: setup  ## The whole suite with the slow cases
 	$(BIN)/python -m pytest -m "not soak" $(WORKERS)
 
-soak: setup  ## The long soaks: 2,000 mixed requests over HTTP, a million scheduler steps
+soak: setup  ## The long ones: 2,000 mixed requests over HTTP, 10,000 cases a fuzz, a million scheduler steps
 	VLLM_DUO_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/e2e/test_soak.py -s
+	VLLM_DUO_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz
 	$(BIN)/python -m pytest -m soak
 
 sanitize: setup  ## The operator tests over kernels built with ASan and UBSan

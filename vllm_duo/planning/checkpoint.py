@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, ValidationError
+
 from vllm_duo.model_facts import ModelFacts
 
 CONFIG_NAME = "config.json"
@@ -57,6 +59,28 @@ OTHER_SENSES = ("vision_config", "audio_config", "image_token_id", "image_token_
 GENERATORS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
 
 
+class _Types(BaseModel):
+    """Types of the keys that are read, wherever they stand; ``_Reader.figure`` checks its own."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    architectures: list[StrictStr] | None = None
+    attention_chunk_size: StrictInt | None = None
+    kv_lora_rank: StrictInt | None = None
+    layer_types: list[StrictStr] | None = None
+    max_position_embeddings: StrictInt | None = None
+    max_seq_len: StrictInt | None = None
+    model_type: StrictStr | None = None
+    n_positions: StrictInt | None = None
+    qk_rope_head_dim: StrictInt | None = None
+    quantization_config: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    seq_length: StrictInt | None = None
+    sliding_window: StrictInt | None = None
+    text_config: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A model as its config.json describes it.
@@ -95,7 +119,29 @@ def read_checkpoint(model: str) -> Checkpoint:
         ) from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}: correct it")
+    _check_types(file, config)
     return _Reader(model, file, config).checkpoint()
+
+
+def _check_types(file: Path, config: dict[str, Any]) -> None:
+    """Refuse a file whose keys are of other types than every reader expects.
+
+    Raises:
+        ValueError: with every such key.
+    """
+    problems = []
+    for place, part in (("", config), ("text_config.", config.get("text_config"))):
+        try:
+            _Types.model_validate({} if part is None else part)
+        except ValidationError as error:
+            problems += [
+                f"{place}{'.'.join(map(str, item['loc']))}: {item['msg']}, got {item['input']!r}"
+                for item in error.errors()
+            ]
+    if problems:
+        raise ValueError(
+            f"{file}: {'; '.join(problems)}: correct the file, or name the folder of a text model"
+        )
 
 
 def _find(model: str) -> Path:
@@ -151,7 +197,7 @@ class _Reader:
 
     def facts(self) -> ModelFacts:
         heads = self.figure("num_attention_heads")
-        layer_types = self.text.get("layer_types") or ()
+        layer_types = self.text.get("layer_types") or []
         quantisation = self.config.get("quantization_config") or {}
         attention = self.text.get("attn_config")
         architecture = (self.config.get("architectures") or ["ForCausalLM"])[0]
