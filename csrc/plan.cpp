@@ -12,8 +12,9 @@ void Scratch::Free::operator()(float* data) const { std::free(data); }
 
 float* Scratch::floats(int64_t count) {
     if (count > count_) {
-        const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-        data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+        constexpr size_t alignment = APART_FLOATS * sizeof(float);
+        const size_t bytes = static_cast<size_t>(apart(count)) * sizeof(float);
+        data_.reset(static_cast<float*>(std::aligned_alloc(alignment, bytes)));
         if (!data_) throw std::bad_alloc();
         count_ = count;
     }
@@ -49,7 +50,7 @@ void Plan::add_decode(const LayerStep& step, const Kernels& kernels, int request
     const int64_t rows = at.length * step.group;
     // In bytes, with four operations as costly as a byte.
     const int64_t key_cost = step.head_size * (2 * element_bytes(step.dtype) + rows);
-    const int64_t floats = kernels.partial_floats(rows, step.head_size);
+    const int64_t floats = apart(kernels.partial_floats(rows, step.head_size));
     thread_floats_ = std::max(thread_floats_, kernels.decode_scratch_floats(rows, step.head_size));
     for (int head = 0; head < heads.num_heads; ++head) {
         const auto group = static_cast<int32_t>(items_.size());

@@ -19,6 +19,13 @@ constexpr int64_t KEYS_PER_ITEM = 512;
 // Query rows (tokens times query heads of a KV head) of a prefill item.
 constexpr int64_t ROWS_PER_ITEM = 192;
 
+// What threads write at the same time lies this far apart, two lines of cache: processors fetch pairs.
+constexpr int64_t APART_FLOATS = 32;
+
+constexpr int64_t apart(int64_t floats) {
+    return (floats + APART_FLOATS - 1) / APART_FLOATS * APART_FLOATS;
+}
+
 // Memory that only grows, aligned for vectors.
 class Scratch {
   public:

@@ -45,7 +45,7 @@ void attend(const LayerStep& step, const Kernels& kernels, int first, int last) 
     plan.make(step, kernels, first, last);
     if (plan.cost() == 0) return;
     const int threads = threads_for(plan.cost());
-    const int64_t floats = (plan.thread_floats() + 15) / 16 * 16;
+    const int64_t floats = apart(plan.thread_floats());
     float* base = scratch.floats(floats * threads);
     Plan& shared = plan;
     parallel(threads, [&](int thread) { shared.work(step, kernels, base + floats * thread); });
