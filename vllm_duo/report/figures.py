@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -46,7 +46,7 @@ def write_figures(
         raise ValueError(
             "figures: these results have nothing to draw, only tables: leave --figures out"
         )
-    makers = {"svg": str.encode, "png": _png} if "png" in chosen else {"svg": str.encode}
+    makers: dict[str, Callable[[str], bytes]] = {"svg": str.encode, "png": _png}
     if "png" in chosen:
         _png(figures[0][1])  # refuses before anything is written
     folder.mkdir(parents=True, exist_ok=True)
