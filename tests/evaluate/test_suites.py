@@ -41,15 +41,16 @@ class TestScores:
         assert scores_of({"maths": [sample(1, acc=1.0)]}, {}) == {}
 
 
-class TestCompared:
-    FULL = {"maths: acc": {str(n): 1.0 for n in range(40)}}
+FULL = {"maths: acc": {str(n): 1.0 for n in range(40)}}
 
+
+class TestCompared:
     def verdict(self, scores):
-        tasks = compared(self.FULL, {"duo-0.5": (0.5, {"maths: acc": scores})}, seed=0)
+        tasks = compared(FULL, {"duo-0.5": (0.5, {"maths: acc": scores})}, seed=0)
         return tasks["maths: acc"]["duo"]["duo-0.5"]["verdict"]["kind"]
 
     def test_pairs_are_of_one_document_whatever_their_order(self):
-        same = dict(reversed(self.FULL["maths: acc"].items()))
+        same = dict(reversed(FULL["maths: acc"].items()))
         assert self.verdict(same) == "within_noise"
         assert self.verdict({n: float(int(n) > 20) for n in same}) == "lost"
 

@@ -1,4 +1,4 @@
-"""Settings, pattern folders and models' config.json of all kinds: understood, or refused in a sentence."""
+"""Settings, pattern folders and config.json of all kinds: understood, or refused in a sentence."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def assert_told(error: Exception, *named: str) -> None:
     text = str(error)
     assert len(text) > 20
     assert any(name in text for name in named), text
-    for leak in ("Traceback", "object has no attribute", "unsupported operand", "unexpected keyword"):
+    for leak in (
+        "Traceback",
+        "object has no attribute",
+        "unsupported operand",
+        "unexpected keyword",
+    ):
         assert leak not in text
 
 
@@ -75,9 +80,14 @@ class TestSettings:
             assert abs(resolved.selection.sparsity - given_section["sparsity"]) <= 1 / 8 + 1e-9
 
 
+odd_cells = st.sampled_from(["", " ", "x", "nan", "1e999", "1_0"])
 rows = st.lists(
     st.lists(
-        st.one_of(shares.map(str), numbers.map(str), st.sampled_from(["", " ", "x", "nan", "1e999", "1_0"])),
+        st.one_of(
+            shares.map(str),
+            numbers.map(str),
+            odd_cells,
+        ),
         min_size=HEADS,
         max_size=HEADS + 1,
     ).map("\t".join),
@@ -156,7 +166,10 @@ class TestModels:
             config = json.loads(file.read_text()) | changed
             file.write_text(json.dumps({k: v for k, v in config.items() if k not in dropped}))
             request = PlanRequest(
-                model=str(folder), duo={"pattern": pattern}, kv_cache_bytes=2**30, max_model_len=4096
+                model=str(folder),
+                duo={"pattern": pattern},
+                kv_cache_bytes=2**30,
+                max_model_len=4096,
             )
             try:
                 plan = plan_memory(request)
@@ -169,7 +182,11 @@ class TestModels:
 
 class TestResults:
     @fuzz(0.3)
-    @given(data=st.one_of(objects({"schema_version": st.just(1), "kind": st.just("eval")}), json_values))
+    @given(
+        data=st.one_of(
+            objects({"schema_version": st.just(1), "kind": st.just("eval")}), json_values
+        )
+    )
     def test_a_report_or_a_sentence(self, data):
         with tempfile.TemporaryDirectory() as name:
             file = Path(name) / "results.json"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_duo.heads import HeadPattern
-from vllm_duo.heads.picture import COLOURS, rgb_of, draw, heatmap
+from vllm_duo.heads.picture import COLOURS, draw, heatmap, rgb_of
 
 VALUES = np.array([[0.0, 1.0, 0.55], [-0.01, 0.3, 1.01]])
 MARKS = np.array([[False, True, True], [False, False, True]])

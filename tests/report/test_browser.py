@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -32,10 +33,10 @@ def browser():
 def open_page(browser, runs, tmp_path):
     """Opens the page of one result of each kind; (page, what the browser complained of)."""
     file = tmp_path / "report.html"
-    file.write_text(render(load_results(runs)), encoding="utf-8")
     contexts = []
 
     def open_page(**settings):
+        file.write_text(render(load_results(runs)), encoding="utf-8")
         contexts.append(browser.new_context(**settings))
         page, complaints = contexts[-1].new_page(), []
         page.on("console", lambda message: complaints.append(message.text))
@@ -66,7 +67,10 @@ def test_every_chart_is_drawn_without_a_complaint(open_page):
             assert box["y"] - 1 <= inner["y"] <= box["y"] + box["height"]
 
 
-def test_nothing_runs_off_a_phone(open_page):
+def test_nothing_runs_off_a_phone(open_page, plan_file):
+    plan = json.loads(plan_file.read_text())
+    plan["settings"]["model"] = "/a/" + "very-long-name-of-a-model" * 6
+    plan_file.write_text(json.dumps(plan))
     page, _ = open_page(viewport=PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     for scroller in page.locator(".scroll").all():

@@ -56,7 +56,10 @@ def test_files_need_nothing_of_the_page(files):
 
 def test_heatmap_tells_the_tables_figures(files, sections):
     (block,) = (
-        b for s in sections for b in s.blocks if b.title == "copying by depth and length, 50% streaming"
+        b
+        for s in sections
+        for b in s.blocks
+        if b.title == "copying by depth and length, 50% streaming"
     )
     (file,) = (file for file in files if "copying-by-depth-and-length-50-streaming" in file.name)
     words = [text.text for text in ElementTree.parse(file).iter(f"{SVG}text")]

@@ -137,7 +137,9 @@ class TestGrid:
 
     @pytest.mark.parametrize("columns", [1, 8, 32, 128])
     def test_cells_stand_side_by_side_within_the_picture(self, columns):
-        cells = [(float(r.get("x")), float(r.get("width"))) for r in self.chart(columns).iter("rect")]
+        cells = [
+            (float(r.get("x")), float(r.get("width"))) for r in self.chart(columns).iter("rect")
+        ]
         for (x, width), (following, _) in pairwise(cells):
             assert x + width == pytest.approx(following, abs=0.11)
         assert cells[-1][0] + cells[-1][1] <= 640

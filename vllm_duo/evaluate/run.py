@@ -108,7 +108,7 @@ def _jobs(
     Answers are kept by the whole job, and a selection is part of it: another pattern in the same
     folder is another job.
     """
-    asked = [
+    asked: list[list[dict[str, Any]]] = [
         [{"prompt": q.sample.prompt, "max_tokens": TASKS[q.task].max_tokens} for q in turn]
         for turn in questions.rounds
     ]

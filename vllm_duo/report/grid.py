@@ -57,7 +57,8 @@ def grid_chart(
         [len(column_names)] * len(row_names)
     ):
         raise ValueError(
-            f"chart {title!r}: expected {len(row_names)} rows of {len(column_names)} cells, at least one"
+            f"chart {title!r}: expected {len(row_names)} rows of {len(column_names)} cells, at least "
+            "one"
         )
     width = min((WIDTH - LEFT - RIGHT) / len(column_names), MAX_CELL_WIDTH)
     bottom = TOP + row_height * len(row_names)

@@ -73,7 +73,9 @@ def _serve(result: Result) -> Section:
 
 def _pattern(result: Result) -> Section:
     found = HeadPattern.load(result.file.parent)
-    return _section(result, f"Pattern: {pattern.name_of(result.file.parent)}", pattern.blocks(found))
+    return _section(
+        result, f"Pattern: {pattern.name_of(result.file.parent)}", pattern.blocks(found)
+    )
 
 
 def _plan(result: Result) -> Section:
