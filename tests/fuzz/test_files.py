@@ -195,11 +195,20 @@ class TestResults:
                 render(load_results([file]))
 
 
+names = st.one_of(words, st.sampled_from(["~nobody-of-that-name", "~", "a/b/c", "x" * 300]))
+
+
 class TestNames:
     @fuzz(0.3)
-    @given(name=words)
+    @given(name=names)
+    def test_no_such_pattern(self, name):
+        with pytest.raises(ValueError, match="pattern"):
+            make_plan({"duo": {"pattern": f"{name}-"}}, "nobody/knows-me", LAYERS, HEADS)
+
+    @fuzz(0.3)
+    @given(name=names)
     def test_no_such_model(self, pattern, name):
         with pytest.raises(ValueError, match="model"):
             plan_memory(
-                PlanRequest(model=f"no/{name}", duo={"pattern": pattern}, kv_cache_bytes=2**30)
+                PlanRequest(model=f"{name}-", duo={"pattern": pattern}, kv_cache_bytes=2**30)
             )

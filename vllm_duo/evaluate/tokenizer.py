@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ def open_tokenizer(model: str) -> Any:
     """
     from tokenizers import Tokenizer
 
-    file = Path(model).expanduser() / TOKENIZER_NAME
-    if not file.is_file():
+    file = Path(os.path.expanduser(model)) / TOKENIZER_NAME
+    if not os.path.isfile(file):
         file = _cached(model)
     return Tokenizer.from_file(str(file))
 

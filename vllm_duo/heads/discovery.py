@@ -1,6 +1,7 @@
 """Find the head pattern of a model: named by the user, beside the model, or shipped."""
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def pattern_folder(pattern: str) -> Path:
         ValueError: there is neither.
     """
     shipped = _shipped_name(pattern)
-    folder = Path(pattern).expanduser()
-    if pattern.strip() and folder.exists():
+    folder = Path(os.path.expanduser(pattern))
+    if pattern.strip() and os.path.exists(folder):
         if shipped and not (folder / TSV_NAME).exists():
             raise ValueError(
                 f"pattern {pattern!r}: expected a folder with {TSV_NAME}, found "
@@ -85,7 +86,7 @@ def pattern_folder(pattern: str) -> Path:
 
 def _default_folder(model: str) -> Path:
     beside = Path(model) / MODEL_PATTERN_FOLDER
-    if beside.exists():
+    if os.path.exists(beside):
         return beside
     if shipped := _shipped_name(_checkpoint_name(model)):
         return PUBLISHED / shipped
@@ -104,7 +105,7 @@ def _checkpoint_name(model: str) -> str:
     Example: org/Name and /models/Name/ give Name; "." gives the name of the working directory.
     """
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path.absolute()  # links stay: in the cache their targets carry no names
     if cached := _HF_CACHE.search(path.as_posix()):
         return cached["name"]

@@ -5,6 +5,7 @@ Source: DuoAttention, arXiv:2410.10819, `attn_patterns` of its repository.
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def read_folder(folder: Path) -> tuple[npt.NDArray[np.float64], dict[str, Any]]:
         ValueError: the folder or the TSV is missing; the TSV is empty or ragged, or has a cell that
             is no number, NaN or outside [-0.01, 1.01]; config.json is not a JSON object.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
+    if not os.path.isdir(folder):  # False for a name that no folder can have, where Path's raises
+        found = "a file" if os.path.exists(folder) else "nothing there"
         raise ValueError(
             f"head pattern {folder}: expected a folder with {TSV_NAME}, found {found}: "
             "pass an existing pattern folder (pattern=...)"

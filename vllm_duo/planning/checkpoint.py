@@ -8,6 +8,7 @@ count must be there.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,8 +147,8 @@ def _check_types(file: Path, config: dict[str, Any]) -> None:
 
 def _find(model: str) -> Path:
     """The config.json of a folder, else of the snapshot in Hugging Face's cache."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):  # False for a name that no folder can have, where Path's raises
         if (folder / CONFIG_NAME).is_file():
             return folder / CONFIG_NAME
         raise ValueError(
