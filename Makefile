@@ -36,7 +36,7 @@ test-all: setup  ## The whole suite with the slow cases
 
 soak: setup  ## The long ones: 2,000 mixed requests over HTTP, 10,000 cases a fuzz, a million scheduler steps
 	VLLM_DUO_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/e2e/test_soak.py -s
-	VLLM_DUO_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz
+	VLLM_DUO_FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz tests/e2e/test_fuzz_http.py
 	$(BIN)/python -m pytest -m soak
 
 sanitize: setup  ## The operator tests over kernels built with ASan and UBSan

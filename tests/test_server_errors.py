@@ -123,10 +123,6 @@ REFUSED_SETTINGS = {
         "--pipeline-parallel-size 2: not tested yet, set it to 1",
         {"pipeline_parallel_size": 2},
     ),
-    "data parallelism": (
-        "--data-parallel-size 2: not tested yet, set it to 1",
-        {"data_parallel_size": 2},
-    ),
     "prefill-context parallelism": (
         "--prefill-context-parallel-size 2: not tested yet, set it to 1",
         {"prefill_context_parallel_size": 2},
@@ -269,8 +265,8 @@ class TestRefusals:
 
     @pytest.mark.refused("decode-context parallelism")
     def test_decode_context_parallelism(self, serve):
-        """vLLM takes its ranks from those of tensor parallelism."""
-        reasons = reasons_of(serve, tensor_parallel_size=2, decode_context_parallel_size=2)
+        """vLLM takes its ranks from those of tensor parallelism, and wants more than KV heads."""
+        reasons = reasons_of(serve, tensor_parallel_size=4, decode_context_parallel_size=2)
         assert "--decode-context-parallel-size 2: not tested yet, set it to 1" in reasons
 
     @pytest.mark.refused("model runner V2")
