@@ -135,7 +135,6 @@ def test_tokens_are_the_oracles_for_every_mask(mask, caching, checkpoint, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.feature("tensor parallelism")
 def test_four_ranks_share_two_kv_heads(checkpoint, tmp_path):
     """More ranks than KV heads: vLLM copies them."""
     shape = Shape("llama", group=8, head_size=32, kv_heads=2)
