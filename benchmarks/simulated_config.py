@@ -111,9 +111,9 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
         )
         specs = dict.fromkeys(names, spec)
     else:
-        from vllm_duo.attention import impl
+        from vllm_duo.attention import specs as duo_specs
         from vllm_duo.attention.backend import DuoAttentionBackend as Backend
-        from vllm_duo.attention.streaming_cache import SUFFIX
+        from vllm_duo.attention.sibling_cache import SUFFIX
 
         layout = resolve_plan(config).layout(
             head_size=model.get_head_size(),
@@ -127,11 +127,12 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
         )
         for index, name in enumerate(names):
             retrieval = layout.shape.retrieval_heads[index]
+            streaming = layout.shape.streaming_heads[index]
             if retrieval:
-                specs[name] = impl._retrieval_spec(layer, retrieval, config)
-            if layout.shape.streaming_heads[index]:
+                specs[name] = duo_specs.retrieval_spec(layer, retrieval, config)
+            if streaming:
                 sibling = name + SUFFIX if retrieval else name
-                specs[sibling] = impl._streaming_spec(layer, index, config)
+                specs[sibling] = duo_specs.streaming_spec(layer, index, streaming, config)
     supported = [found.name for found in get_supported_kv_cache_layouts([Backend])]
     resolve_kv_cache_layout(config, [supported], specs.values())
     return specs, layout

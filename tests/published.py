@@ -20,3 +20,19 @@ def published_layout(folder, sparsity: float) -> Layout:
         sink_size=64,
         recent_size=256,
     )
+
+
+def published_ranks(folder, ranks: int, *, balance: bool = False) -> Layout:
+    """The same at 50 % over several ranks; ``balance``: every rank streams half of its heads."""
+    selection = HeadPattern.load(folder).select(sparsity=0.5, balance_ranks=ranks if balance else 1)
+    return plan_layout(
+        KVShape.split(
+            selection.retrieval.tolist(),
+            head_size=128,
+            dtype_bytes=2,
+            tensor_parallel_size=ranks,
+        ),
+        block_size=128,
+        sink_size=64,
+        recent_size=256,
+    )

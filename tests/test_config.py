@@ -13,7 +13,7 @@ from vllm_duo.heads import HeadPattern
 
 TOKENS = "a whole number of tokens from"
 KEYS = "pattern, sparsity, threshold, sink_size, recent_size, snapshot_interval, "
-KEYS += "retrieval_prefill, untested_gpu"
+KEYS += "balance, retrieval_prefill, untested_gpu"
 
 
 def read(**settings) -> DuoConfig:
@@ -35,6 +35,7 @@ class TestReading:
     def test_every_key_is_read(self):
         settings = {"pattern": "x", "sparsity": 0.25, "sink_size": 4, "recent_size": 16}
         settings |= {"snapshot_interval": 512, "retrieval_prefill": "triton", "untested_gpu": True}
+        settings |= {"balance": True}
         assert read(**settings).model_dump() == {**settings, "threshold": None}
 
     def test_threshold_is_read(self):
@@ -90,6 +91,12 @@ class TestMistakes:
         assert error_of({"duo": {key: bad}}) == (
             f'"duo" in --additional-config: {key}: expected {TOKENS} {least} to 1073741823, '
             f"got {bad!r}"
+        )
+
+    def test_a_threshold_cannot_be_balanced(self):
+        assert error_of({"duo": {"threshold": 0.5, "balance": True}}) == (
+            '"duo" in --additional-config: balance and threshold: expected at most one of them, since '
+            "a threshold streams no fixed share: set sparsity instead"
         )
 
     def test_recent_size_zero_is_refused(self):
@@ -192,6 +199,15 @@ class TestResolve:
             "setting",
         )
         assert resolved.selection.retrieval.all()
+
+    def test_balance_cuts_each_ranks_heads(self):
+        pattern = HeadPattern(np.array([[0.1, 0.9], [0.2, 0.8]]))
+        assert resolve(read(), pattern, 2).selection.retrieval.tolist() == [[False, True]] * 2
+        balanced = resolve(read(balance=True), pattern, 2).selection
+        assert balanced.retrieval.tolist() == [[False, True], [True, False]]
+
+    def test_without_balance_ranks_do_not_matter(self):
+        assert resolve(read(), pattern_with(), 2) == resolve(read(), pattern_with())
 
     def test_deploy_sizes_of_the_pattern_come_before_the_defaults(self):
         pattern = pattern_with(deploy_sink_size=16, deploy_recent_size=32)

@@ -115,13 +115,21 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
 REFUSED_SETTINGS = {
-    "tensor parallelism": (
-        "--tensor-parallel-size 2: not tested yet, set it to 1",
-        {"tensor_parallel_size": 2},
+    "Ray executor": (
+        "--distributed-executor-backend ray: not tested yet, use mp",
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+    ),
+    "several nodes": (
+        "--nnodes 2: not tested yet, set it to 1",
+        {"tensor_parallel_size": 2, "nnodes": 2},
     ),
     "pipeline parallelism": (
         "--pipeline-parallel-size 2: not tested yet, set it to 1",
         {"pipeline_parallel_size": 2},
+    ),
+    "decode-context parallelism": (
+        "--decode-context-parallel-size 2: not tested yet, set it to 1",
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
     ),
     "prefill-context parallelism": (
         "--prefill-context-parallel-size 2: not tested yet, set it to 1",
@@ -263,11 +271,13 @@ class TestRefusals:
         reason, settings = setting
         assert reasons_of(serve, **settings) == [reason]
 
-    @pytest.mark.refused("decode-context parallelism")
-    def test_decode_context_parallelism(self, serve):
-        """vLLM takes its ranks from those of tensor parallelism, and wants more than KV heads."""
-        reasons = reasons_of(serve, tensor_parallel_size=4, decode_context_parallel_size=2)
-        assert "--decode-context-parallel-size 2: not tested yet, set it to 1" in reasons
+    @pytest.mark.refused("KV heads that the ranks do not divide")
+    def test_heads_that_cannot_be_split(self, serve):
+        shape = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 6}
+        (reason,) = reasons_of(serve, LLAMA | shape, tensor_parallel_size=4)
+        assert reason.startswith(
+            "--tensor-parallel-size 4: 6 KV heads cannot be split over 4 ranks: expected that one "
+        )
 
     @pytest.mark.refused("model runner V2")
     def test_model_runner_v2(self, serve, monkeypatch):
@@ -276,10 +286,10 @@ class TestRefusals:
         assert reason.endswith("not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0")
 
     def test_every_reason_is_told_at_once(self, serve):
-        reasons = reasons_of(serve, MISTRAL, tensor_parallel_size=2, kv_cache_dtype="fp8")
+        reasons = reasons_of(serve, MISTRAL, pipeline_parallel_size=2, kv_cache_dtype="fp8")
         assert [reason.split(":")[0] for reason in reasons] == [
             WINDOW,
-            "--tensor-parallel-size 2",
+            "--pipeline-parallel-size 2",
             "--kv-cache-dtype fp8",
         ]
 
@@ -355,6 +365,18 @@ class TestGoodServers:
                 f"(25.0 %), mask {mask_hash}, sink 4 + recent 256 tokens",
             )
         ]
+
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_heads_may_lie_on_several_ranks_or_be_copied(self, serve, ranks):
+        assert serve(tensor_parallel_size=ranks).parallel_config.tensor_parallel_size == ranks
+
+    def test_balanced_ranks_have_a_mask_of_their_own(self, serve, messages):
+        """Of each rank's two heads one streams; without it those of rank 0 alone would."""
+        table = "0.0\t1.0\n0.25\t1.0\n"
+        serve(table=table, duo={"balance": True}, tensor_parallel_size=2)
+        selection = HeadPattern([[0.0, 1.0], [0.25, 1.0]]).select(sparsity=0.5, balance_ranks=2)
+        assert f"mask {selection.mask_hash}" in messages[0][1]
+        assert selection.retrieval.sum(0).tolist() == [1, 1]
 
     @pytest.mark.parametrize("enabled", [True, False])
     def test_prefix_caching_stays_vllms_own_flag(self, serve, messages, enabled):

@@ -112,12 +112,14 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "metrics on `/metrics`": "",
     },
     "Parallelism": {
-        "tensor parallelism": "",
+        "tensor parallelism": "vLLM's multiprocessing executor, one machine ([how](scale.md))",
+        "KV heads that the ranks do not divide": "nor they the ranks",
         "pipeline parallelism": "",
         "data parallelism": "",
         "prefill-context parallelism": "",
         "decode-context parallelism": "",
         "Ray executor": "",
+        "several nodes": "`--nnodes`",
     },
     "Beyond one engine": {
         "speculative decoding": "",

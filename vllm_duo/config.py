@@ -26,6 +26,11 @@ DEFAULT_SNAPSHOT_INTERVAL = 1024
 # sink_size + recent_size + 1 fits in int32, the type of positions and table entries.
 MAX_SIZE_TOKENS = 2**30 - 1
 
+BALANCED_THRESHOLD = (
+    "balance and threshold: expected at most one of them, since a threshold streams no fixed share: "
+    "set sparsity instead"
+)
+
 Source = Literal["setting", "pattern", "default"]
 
 
@@ -54,6 +59,7 @@ _ALLOWED = {
     "sink_size": f"a whole number of tokens from 0 to {MAX_SIZE_TOKENS}",
     "recent_size": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
     "snapshot_interval": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
+    "balance": "true or false",
     "retrieval_prefill": "auto, triton, flash-attn or flashinfer",
     "untested_gpu": "true or false",
 }
@@ -70,6 +76,8 @@ class DuoConfig(BaseModel):
         recent_size: most recent tokens that streaming heads keep, the current one included.
         snapshot_interval: with prefix caching, tokens between the regular snapshots of streaming
             heads, rounded up to whole blocks.
+        balance: under tensor parallelism, whether every rank streams the same share of its heads; not
+            together with `threshold`.
         retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
         untested_gpu: whether a server may start on a GPU, where this release has never run.
     """
@@ -82,6 +90,7 @@ class DuoConfig(BaseModel):
     sink_size: _SinkSize | None = None
     recent_size: _RecentSize | None = None
     snapshot_interval: _Interval = DEFAULT_SNAPSHOT_INTERVAL
+    balance: _Flag = False
     retrieval_prefill: RetrievalPrefill = "auto"
     untested_gpu: _Flag = False
 
@@ -89,6 +98,8 @@ class DuoConfig(BaseModel):
     def _refuse_two_cuts(self) -> Self:
         if self.sparsity is not None and self.threshold is not None:
             raise ValueError(_two_cuts(self.sparsity, self.threshold))
+        if self.balance and self.threshold is not None:
+            raise ValueError(BALANCED_THRESHOLD)
         return self
 
     @classmethod
@@ -119,6 +130,7 @@ class ResolvedDuo:
         sink_size: tokens.
         recent_size: tokens.
         snapshot_interval: tokens between the regular snapshots, with prefix caching.
+        balance: whether every tensor-parallel rank streams the same share of its heads.
         retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
         cut: which setting made the selection, and `cut_value` its value.
         cut_source: "setting" or "default"; likewise `sink_source` and `recent_source`, which may
@@ -134,17 +146,24 @@ class ResolvedDuo:
     sink_source: Source
     recent_source: Source
     snapshot_interval: int = DEFAULT_SNAPSHOT_INTERVAL
+    balance: bool = False
     retrieval_prefill: RetrievalPrefill = "auto"
 
 
-def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
+def resolve(config: DuoConfig, pattern: HeadPattern, tensor_parallel_size: int = 1) -> ResolvedDuo:
     """Apply the settings to a pattern: explicit, else the pattern's deploy_ sizes, else defaults.
 
     The `sink_size`, `recent_size`, `threshold` and `sparsity` in a published config.json are those
     of its training and are not used. A deploy_ size that an explicit setting overrides is not read.
 
+    Args:
+        config: the settings.
+        pattern: the head pattern.
+        tensor_parallel_size: ranks over which `balance` balances.
+
     Raises:
-        ValueError: a deploy_ size in the pattern's config.json is not an allowed size.
+        ValueError: a deploy_ size in the pattern's config.json is not an allowed size, or the KV heads
+            cannot be balanced over the ranks.
     """
     sink_size, sink_source = _resolve_size(
         "sink_size", config.sink_size, pattern, DEFAULT_SINK_SIZE
@@ -161,7 +180,8 @@ def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
         cut_source = "default" if config.sparsity is None else "setting"
         cut_value = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
         cut = "sparsity"
-        selection = pattern.select(sparsity=cut_value)
+        ranks = tensor_parallel_size if config.balance else 1
+        selection = pattern.select(sparsity=cut_value, balance_ranks=ranks)
     return ResolvedDuo(
         selection=selection,
         sink_size=sink_size,
@@ -172,6 +192,7 @@ def resolve(config: DuoConfig, pattern: HeadPattern) -> ResolvedDuo:
         sink_source=sink_source,
         recent_source=recent_source,
         snapshot_interval=config.snapshot_interval,
+        balance=config.balance,
         retrieval_prefill=config.retrieval_prefill,
     )
 
@@ -212,6 +233,8 @@ def _problems(section: Mapping[str, Any], error: ValidationError) -> list[str]:
     sparsity, threshold = section.get("sparsity"), section.get("threshold")
     if sparsity is not None and threshold is not None:
         problems.append(_two_cuts(sparsity, threshold))
+    if section.get("balance") is True and threshold is not None:
+        problems.append(BALANCED_THRESHOLD)
     return problems
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,17 @@ import numpy as np
 from vllm_duo.config import SECTION, DuoConfig, ResolvedDuo, resolve
 from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
+from vllm_duo.kv_cache.ranks import heads_per_rank, own_heads
+from vllm_duo.kv_cache.tensor_parallel import SplitCost, replan, split_cost
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     from vllm.config import VllmConfig
 
 BACKEND_PATH = "vllm_duo.attention.backend.DuoAttentionBackend"
+
+# Every layer of a model asks for the same one.
+_plan_layout = lru_cache(maxsize=8)(plan_layout)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +36,24 @@ class ServerPlan:
     Attributes:
         pattern: the head pattern in use.
         resolved: the selected heads, sink and recent sizes.
+        tensor_parallel_size: ranks that each layer's heads are split over.
     """
 
     pattern: HeadPattern
     resolved: ResolvedDuo
+    tensor_parallel_size: int = 1
 
-    def retrieval_mask(self, layer: int) -> npt.NDArray[np.bool_]:
-        """[Hkv] bool of a layer, True for a retrieval head.
+    @property
+    def num_rank_heads(self) -> int:
+        """KV heads of a layer on each rank."""
+        return heads_per_rank(self.resolved.selection.num_kv_heads, self.tensor_parallel_size)
+
+    def retrieval_mask(self, layer: int, rank: int = 0) -> npt.NDArray[np.bool_]:
+        """[Hkv / tp] bool of a layer's heads on one rank, True for a retrieval head.
+
+        Args:
+            layer: index.
+            rank: tensor-parallel rank.
 
         Raises:
             ValueError: the pattern has no such layer.
@@ -46,7 +63,9 @@ class ServerPlan:
                 f"the head pattern has {self.resolved.selection.num_layers} layers, the model has a "
                 f"layer {layer}: use a pattern made for this checkpoint (pattern=...)"
             )
-        mask: npt.NDArray[np.bool_] = self.resolved.selection.retrieval[layer]
+        selection = self.resolved.selection
+        own = own_heads(selection.num_kv_heads, rank, self.tensor_parallel_size)
+        mask: npt.NDArray[np.bool_] = selection.retrieval[layer][own]
         return mask
 
     @property
@@ -62,9 +81,8 @@ class ServerPlan:
         dtype_bytes: int,
         block_size: int,
         max_model_len: int,
-        tensor_parallel_size: int = 1,
     ) -> Layout:
-        """Block sizes and bins of both classes.
+        """Block sizes and bins of both classes, of all ranks.
 
         Sizes beyond ``max_model_len`` are cut to it: no request can tell the difference, and the
         ring's tables and buffers would be as wide as the setting.
@@ -74,22 +92,40 @@ class ServerPlan:
             dtype_bytes: bytes of a cache element.
             block_size: tokens of a retrieval block, vLLM's ``--block-size``.
             max_model_len: longest request, in tokens.
-            tensor_parallel_size: ranks that the heads are split over.
 
         Raises:
             ValueError: the KV heads cannot be split over the ranks.
         """
-        return plan_layout(
+        return _plan_layout(
             KVShape.split(
                 self.resolved.selection.retrieval.tolist(),
                 head_size=head_size,
                 dtype_bytes=dtype_bytes,
-                tensor_parallel_size=tensor_parallel_size,
+                tensor_parallel_size=self.tensor_parallel_size,
             ),
             block_size=block_size,
             sink_size=min(self.resolved.sink_size, max_model_len),
             recent_size=min(self.resolved.recent_size, max_model_len),
         )
+
+    def split_costs(self, layout: Layout, num_tokens: int) -> tuple[SplitCost, SplitCost | None]:
+        """What splitting the heads over the ranks costs, and what it would with ``balance``.
+
+        Args:
+            layout: this plan's.
+            num_tokens: length of the request to compare at.
+
+        Returns:
+            The cost, and that of a balanced selection: None where the heads are balanced already or a
+            threshold selects them.
+        """
+        resolved, ranks = self.resolved, self.tensor_parallel_size
+        cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens)
+        if ranks == 1 or resolved.balance or resolved.cut != "sparsity":
+            return cost, None
+        selection = self.pattern.select(sparsity=resolved.cut_value, balance_ranks=ranks)
+        mask = selection.retrieval.tolist()
+        return cost, split_cost(replan(layout, mask, ranks), mask, num_tokens)
 
 
 def is_duo(vllm_config: VllmConfig) -> bool:
@@ -123,11 +159,16 @@ def resolve_plan(vllm_config: VllmConfig) -> ServerPlan:
         model.model,
         model.get_total_num_hidden_layers(),
         model.get_total_num_kv_heads(),
+        vllm_config.parallel_config.tensor_parallel_size,
     )
 
 
 def make_plan(
-    additional_config: Mapping[str, Any] | None, model: str, num_layers: int, num_kv_heads: int
+    additional_config: Mapping[str, Any] | None,
+    model: str,
+    num_layers: int,
+    num_kv_heads: int,
+    tensor_parallel_size: int = 1,
 ) -> ServerPlan:
     """The same from settings and a model's shape, as the command line has them.
 
@@ -136,10 +177,12 @@ def make_plan(
         model: folder or Hugging Face id.
         num_layers: attention layers of the model.
         num_kv_heads: KV heads of one layer, before any tensor-parallel split.
+        tensor_parallel_size: ranks that these are split over.
 
     Raises:
         ValueError: bad settings, no pattern, or a pattern of another shape.
     """
     config = DuoConfig.from_additional_config(additional_config)
     pattern = find_pattern(config.pattern, model, num_layers, num_kv_heads)
-    return ServerPlan(pattern, resolve(config, pattern))
+    resolved = resolve(config, pattern, tensor_parallel_size)
+    return ServerPlan(pattern, resolved, tensor_parallel_size)

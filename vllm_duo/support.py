@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
+from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.model_facts import ModelFacts, model_refusals
 
 if TYPE_CHECKING:
@@ -134,8 +135,10 @@ def parallel_refusal(flag: str, size: int) -> str | None:
 
 def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
     parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1:
+        yield from _tensor_parallelism(vllm_config)
     for name, value in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
+        ("--nnodes", parallel.nnodes),
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
@@ -144,6 +147,16 @@ def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
             yield reason
     if parallel.use_ubatching:
         yield "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace"
+
+
+def _tensor_parallelism(vllm_config: VllmConfig) -> Iterator[str]:
+    parallel = vllm_config.parallel_config
+    ranks, heads = parallel.tensor_parallel_size, vllm_config.model_config.get_total_num_kv_heads()
+    if problem := split_problem(heads, ranks):
+        yield f"--tensor-parallel-size {ranks}: {problem}"
+    backend = parallel.distributed_executor_backend
+    if backend != "mp":
+        yield f"--distributed-executor-backend {backend}: not tested yet, use mp"
 
 
 def _features(vllm_config: VllmConfig) -> Iterator[str]:

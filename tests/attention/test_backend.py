@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from vllm.v1.attention.backend import AttentionType, subclass_attention_backend
 
-from vllm_duo.attention import impl
+from vllm_duo.attention import impl, specs
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.attention.metadata import DuoMetadataBuilder
 from vllm_duo.config import DuoConfig, resolve
@@ -30,7 +30,7 @@ def config(monkeypatch):
     plan = ServerPlan(pattern, resolve(DuoConfig(), pattern))
     config = Config()
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
-    monkeypatch.setattr(impl, "resolve_plan", lambda _: plan)
+    monkeypatch.setattr(specs, "resolve_plan", lambda _: plan)
     return config
 
 
@@ -71,12 +71,12 @@ def test_plan_is_forgotten_with_its_config(config, monkeypatch):
     configs = [Config()]
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: configs[0])
     layer, watch, key = make_layer(), weakref.ref(configs[0]), id(configs[0])
-    assert key in impl._plans
+    assert key in specs._plans
     del layer
     configs.clear()
     gc.collect()
     assert watch() is None
-    assert key not in impl._plans
+    assert key not in specs._plans
 
 
 def test_pattern_without_the_layer_is_named():

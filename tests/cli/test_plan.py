@@ -57,6 +57,19 @@ def test_every_flag_counts(run, model):
     assert [length.tokens for length in plan.by_length][:2] == [64, 128]
 
 
+def test_balance_is_a_setting_of_the_server(run, model):
+    arguments = ["plan", model, "--pattern", PATTERN, "--kv-cache-gib", "4", "--tp", "8", "--json"]
+    plain, balanced = (
+        Plan.model_validate_json(run(*arguments, *more)[1]) for more in ([], ["--balance"])
+    )
+    assert (plain.settings.balance, balanced.settings.balance) == (False, True)
+    assert plain.settings.mask_hash != balanced.settings.mask_hash
+    assert balanced.concurrent_requests > 1.2 * plain.concurrent_requests
+    assert plain.tensor_parallel_loss > 0.2 > 0.01 > balanced.tensor_parallel_loss
+    assert '"balance": true streams the same share' in plain.notes[-1]
+    assert "balance" not in balanced.notes[-1]
+
+
 def test_no_torch_no_vllm_and_under_two_seconds(model):
     code = (
         "import sys\nfrom vllm_duo.cli.main import main\n"

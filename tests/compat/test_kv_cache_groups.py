@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tests.kv_cache.caches import layer_name, layout_of, specs_of, two_bins
-from vllm_duo.attention.streaming_cache import SUFFIX
+from vllm_duo.attention.sibling_cache import SUFFIX
 from vllm_duo.compat import kv_cache_groups
 from vllm_duo.compat.kv_cache_groups import planned_groups
 from vllm_duo.heads import HeadPattern

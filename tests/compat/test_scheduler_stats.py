@@ -27,7 +27,6 @@ WIDE = replace(LAYOUT, block_bytes=LAYOUT.block_bytes + 1024)  # than any group
 IDLE = {
     "vllm_duo:retrieval_blocks": 0,
     "vllm_duo:streaming_blocks": 0,
-    "vllm_duo:block_bytes": LAYOUT.block_bytes,
     "vllm_duo:pool_blocks": 199,
 }
 
@@ -105,6 +104,7 @@ class TestMakeStats:
             {"in_progress": 3}
             | held_blocks(scheduler.kv_cache_manager)
             | streaming_hits(scheduler.kv_cache_manager)
+            | {"vllm_duo:block_bytes": WIDE.block_bytes}
             | {"vllm_duo:waste_ppm": round(1e6 * WIDE.waste(160))}
         )
 
@@ -184,6 +184,7 @@ class TestStatLogger:
 
     def record(self, stat_logger, number=3) -> dict[str, int]:
         counts = held_blocks(running(160).manager) | {"vllm_duo:waste_ppm": 12_500}
+        counts["vllm_duo:block_bytes"] = LAYOUT.block_bytes
         counts |= {PREFIX + name: number for name in scheduler_stats.COUNTERS}
         stats = SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 0} | counts)
         stat_logger.record(stats, None)

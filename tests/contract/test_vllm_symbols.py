@@ -16,7 +16,7 @@ import vllm
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.attention.impl import DuoAttentionImpl
 from vllm_duo.attention.metadata import DuoMetadataBuilder
-from vllm_duo.attention.streaming_cache import StreamingCache
+from vllm_duo.attention.sibling_cache import SiblingCache
 from vllm_duo.compat.kv_cache_groups import module_name
 from vllm_duo.kv_cache.coordinator import SteadyCoordinator
 from vllm_duo.kv_cache.manager import RingManager
@@ -137,6 +137,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.config:ModelConfig.get_head_size", None),
         ("vllm.config:ParallelConfig", members("tensor_parallel_size", "pipeline_parallel_size")),
         ("vllm.config:ParallelConfig", members("data_parallel_size", "use_ubatching")),
+        ("vllm.config:ParallelConfig", members("nnodes", "distributed_executor_backend")),
         (
             "vllm.config:ParallelConfig",
             members("decode_context_parallel_size", "prefill_context_parallel_size"),
@@ -303,16 +304,29 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.forward_context:get_forward_context", None),
         ("vllm.forward_context:ForwardContext", members("attn_metadata")),
         ("vllm.model_executor.models.utils:extract_layer_index", takes("layer_name")),
-        ("vllm.utils.torch_utils:get_dtype_size", None),
         (f"{BACKEND}:AttentionType", members("DECODER")),
         ("vllm.config:CompilationConfig", members("static_forward_context")),
         ("vllm.config:DeviceConfig", members("device_type")),
         ("vllm.config:CacheConfig", members("block_size")),
         (
             "vllm.model_executor.layers.attention:Attention",
-            sets("impl", "head_size", "kv_cache_torch_dtype"),
+            sets("impl", "head_size", "kv_cache_torch_dtype", "layer_name"),
         ),
         ("vllm.model_executor.layers.attention:Attention.get_kv_cache_spec", takes("vllm_config")),
+        # Layers are renamed after loading: the model must ask for their name as it runs.
+        ("vllm.model_executor.layers.attention:Attention.forward", names("self.layer_name")),
+    ],
+    "attention/specs.py": [
+        ("vllm.utils.torch_utils:get_dtype_size", None),
+        ("vllm.distributed:get_tensor_model_parallel_rank", None),
+        ("vllm.config:CacheConfig", members("block_size")),
+        ("vllm.config:ParallelConfig", members("tensor_parallel_size")),
+    ],
+    "kv_cache/ranks.py": [
+        (
+            "vllm.model_executor.layers.linear:QKVParallelLinear",
+            sets("num_kv_heads", "num_kv_head_replicas"),
+        ),
     ],
     "attention/metadata.py": [
         (f"{BACKEND}:AttentionMetadata", None),
@@ -397,9 +411,9 @@ OVERRIDES = [
     ("attention/impl.py", f"{BACKEND}:AttentionImpl", DuoAttentionImpl),
     ("attention/metadata.py", f"{BACKEND}:AttentionMetadataBuilder", DuoMetadataBuilder),
     (
-        "attention/streaming_cache.py",
+        "attention/sibling_cache.py",
         "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
-        StreamingCache,
+        SiblingCache,
     ),
     ("metrics.py", "vllm.v1.metrics.loggers:StatLoggerBase", DuoStatLogger),
 ]
@@ -407,7 +421,7 @@ OVERRIDES = [
 OWN = {
     "RingManager": {"__init__", "__new__"},
     "SnapshotManager": {"__init__"},
-    "StreamingCache": {"__init__"},
+    "SiblingCache": {"__init__"},
     # Python's own hook, not vLLM's.
     "DuoAttentionBackend": {"__init_subclass__"},
 }

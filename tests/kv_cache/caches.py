@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 from vllm.v1.request import Request
 
 from vllm_duo import plugin
-from vllm_duo.attention.streaming_cache import SUFFIX
+from vllm_duo.attention.sibling_cache import SUFFIX
 from vllm_duo.compat.kv_cache_groups import planned_groups
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.manager import RingManager

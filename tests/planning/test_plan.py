@@ -165,8 +165,10 @@ def test_llama_31_70b_on_eight_ranks(tmp_path):
     assert plan.concurrent_requests == 8191 / 259
     assert plan.full.bytes_per_token == 80 * 512
     assert plan.full.concurrent_requests == 4095 / 256
+    assert plan.tensor_parallel_loss == 0
     assert plan.notes == [
-        "this release's server refuses --tensor-parallel-size 8: not tested yet, set it to 1"
+        "tensor parallelism 8: 40 retrieval heads a rank; requests of 32768 tokens: 1.98 x stock on "
+        "each rank, 1.98 x on a single one, 0.0 % lost"
     ]
 
 

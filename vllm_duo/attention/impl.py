@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +10,26 @@ from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_duo.attention.metadata import DuoMetadata
 from vllm_duo.attention.retrieval_prefill import server_choice
-from vllm_duo.attention.streaming_cache import SUFFIX, StreamingCache
-from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
+from vllm_duo.attention.sibling_cache import SUFFIX, UNUSED_SUFFIX, SiblingCache
+from vllm_duo.attention.specs import (
+    own_rank,
+    plan_of,
+    retrieval_spec,
+    streaming_spec,
+    unused_spec,
+)
 from vllm_duo.logging import get_logger
 from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.layer import attend_and_write
-from vllm_duo.server_plan import ServerPlan, resolve_plan
 from vllm_duo.support import UNQUANTISED_CACHE_DTYPES
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
+    from vllm_duo.server_plan import ServerPlan
 
 logger = get_logger(__name__)
 
@@ -76,16 +78,10 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.vllm_config = get_current_vllm_config()
-        expected = _plan_of(self.vllm_config).resolved.selection.num_kv_heads
-        if self.num_kv_heads != expected:
-            raise ValueError(
-                f"a layer has {self.num_kv_heads} KV heads, the head pattern {expected}: use a "
-                "pattern made for this checkpoint (pattern=...); models whose layers differ in "
-                "their KV heads are not supported"
-            )
+        self._check_heads(plan_of(self.vllm_config))
         self.layer_name: str | None = None
         self.heads: HeadMap | None = None
-        self.sibling: StreamingCache | None = None
+        self.sibling: SiblingCache | None = None
         self.retrieval_prefill: gpu.RetrievalPrefill | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -103,22 +99,31 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
                 f"with head sizes {layer.head_size} and {layer.head_size_v}: serve this model with "
                 "vLLM's own attention backend"
             )
-        mask = _plan_of(self.vllm_config).retrieval_mask(index)
-        heads = HeadMap.from_mask(mask, torch.device(self.vllm_config.device_config.device_type))
-        retrieval = partial(_retrieval_spec, layer, len(heads.retrieval))
-        streaming = partial(_streaming_spec, layer, index)
+        plan = plan_of(self.vllm_config)
+        rank = own_rank(plan)
+        heads = HeadMap.from_mask(
+            plan.retrieval_mask(index, rank),
+            torch.device(self.vllm_config.device_config.device_type),
+        )
+        retrieval = partial(retrieval_spec, layer, len(heads.retrieval))
+        streaming = partial(streaming_spec, layer, index, len(heads.streaming))
+        if plan.tensor_parallel_size > 1:
+            name = _name_by_rank(layer, name, rank, context)
         # A layer of streaming heads alone owns their spec itself: vLLM looks up metadata by its name.
         layer.get_kv_cache_spec = retrieval if len(heads.retrieval) else streaming
         if len(heads.retrieval) and len(heads.streaming):
-            self.sibling = StreamingCache(layer.attn_backend, self.num_heads, streaming)
+            self.sibling = SiblingCache(layer.attn_backend, self.num_heads, streaming)
             context[name + SUFFIX] = self.sibling
+        elif plan.tensor_parallel_size > 1:
+            unused = partial(unused_spec, layer, index, rank)
+            context[name + UNUSED_SUFFIX] = SiblingCache(layer.attn_backend, self.num_heads, unused)
         self.layer_name = name
         self.heads = heads
         if heads.retrieval.is_cpu:
             _log_kernels()
         else:
             self.retrieval_prefill = server_choice(
-                _plan_of(self.vllm_config).resolved.retrieval_prefill,
+                plan.resolved.retrieval_prefill,
                 layer.kv_cache_torch_dtype,
                 self.head_size,
                 self.vllm_config.cache_config.block_size,
@@ -172,6 +177,22 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         )
         return output
 
+    def _check_heads(self, plan: ServerPlan) -> None:
+        """Check a new layer against the pattern.
+
+        Raises:
+            ValueError: the layer does not have the KV heads that the pattern gives this rank.
+        """
+        if self.num_kv_heads == plan.num_rank_heads:
+            return
+        ranks = plan.tensor_parallel_size
+        split = f" ({plan.num_rank_heads} on each of {ranks} ranks)" if ranks > 1 else ""
+        raise ValueError(
+            f"a layer has {self.num_kv_heads} KV heads, the head pattern "
+            f"{plan.resolved.selection.num_kv_heads}{split}: use a pattern made for this checkpoint "
+            "(pattern=...); models whose layers differ in their KV heads are not supported"
+        )
+
     def _caches(self, kv_cache: torch.Tensor, own: DuoMetadata) -> LayerCaches:
         if isinstance(own.table, RingTable):
             return LayerCaches(streaming=kv_cache, ring=own.table)
@@ -189,48 +210,18 @@ def _log_kernels() -> None:
     logger.info("duo: %s", cpu.describe())
 
 
-_plans: dict[int, ServerPlan] = {}
+def _name_by_rank(layer: Attention, name: str, rank: int, context: dict[str, Any]) -> str:
+    """Give a layer a name of its rank's own, and return it.
 
+    vLLM keeps one cache a name and wants it alike on all ranks, which have different heads of a class.
 
-def _plan_of(vllm_config: VllmConfig) -> ServerPlan:
-    """The server's plan, resolved once per config object and forgotten with it."""
-    key = id(vllm_config)
-    if key not in _plans:
-        _plans[key] = resolve_plan(vllm_config)
-        weakref.finalize(vllm_config, _plans.pop, key, None)
-    return _plans[key]
-
-
-def _retrieval_spec(layer: Attention, heads: int, vllm_config: VllmConfig) -> RetrievalSpec:
-    """Spec of a layer's ``heads`` retrieval heads."""
-    return RetrievalSpec(
-        block_size=vllm_config.cache_config.block_size,
-        num_kv_heads=heads,
-        head_size=layer.head_size,
-        dtype=layer.kv_cache_torch_dtype,
-    )
-
-
-def _streaming_spec(layer: Attention, index: int, vllm_config: VllmConfig) -> StreamingSpec:
-    """Spec of the streaming heads of the layer with this index."""
-    layout = _plan_of(vllm_config).layout(
-        head_size=layer.head_size,
-        dtype_bytes=get_dtype_size(layer.kv_cache_torch_dtype),
-        block_size=vllm_config.cache_config.block_size,
-        max_model_len=vllm_config.model_config.max_model_len,
-    )
-    plan = _plan_of(vllm_config)
-    return StreamingSpec(
-        block_size=vllm_config.cache_config.block_size,
-        slots_per_block=layout.span.block_size,
-        num_kv_heads=layout.shape.streaming_heads[index],
-        head_size=layer.head_size,
-        dtype=layer.kv_cache_torch_dtype,
-        sink_size=layout.span.sink_size,
-        recent_size=layout.span.recent_size,
-        draft_size=layout.span.draft_size,
-        bin=layout.bin_of(index),
-        num_bins=len(layout.bins),
-        snapshot_interval=plan.resolved.snapshot_interval,
-        max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-    )
+    Args:
+        layer: renamed.
+        name: its name in the model.
+        rank: of this process.
+        context: layers by name, mutated in place.
+    """
+    own = f"{name}.duo_tp{rank}"
+    context[own] = context.pop(name)
+    layer.layer_name = own
+    return own

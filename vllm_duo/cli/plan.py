@@ -37,6 +37,9 @@ def plan(
         str | None, typer.Option(help="Tokens, or auto: what fits; default: the model's own.")
     ] = None,
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Stream the same share of the heads on every rank.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     block_size: Annotated[
@@ -64,6 +67,7 @@ def plan(
         "threshold": threshold,
         "sink_size": sink_size,
         "recent_size": recent_size,
+        "balance": balance or None,
     }
     request = PlanRequest(
         model=model,

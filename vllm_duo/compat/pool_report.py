@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.kv_cache.capacity import Capacity
+from vllm_duo.kv_cache.tensor_parallel import rank_block_bytes, rank_caches
 from vllm_duo.logging import get_logger
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
 
     Args:
         vllm_config: the server's.
-        kv_cache_config: what vLLM made of the layers' specs, one rank's.
+        kv_cache_config: what vLLM made of the layers' specs, the first rank's.
 
     Returns:
-        The plan; None for a model without streaming heads.
+        The plan, of all ranks; None for a model without streaming heads.
 
     Raises:
         RuntimeError: the groups or the block's bytes are not the planned ones.
@@ -87,21 +88,27 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
         max_model_len=longest,
     )
     check_groups(layout, kv_cache_config)
-    _report(plan, layout, kv_cache_config.num_blocks, vllm_config.model_config.max_model_len)
+    max_model_len = vllm_config.model_config.max_model_len
+    _report(plan, layout, kv_cache_config.num_blocks, max_model_len)
+    if plan.tensor_parallel_size > 1:
+        cost, balanced = plan.split_costs(layout, max_model_len)
+        logger.info("duo: %s", cost.describe(balanced))
     return layout
 
 
-def check_groups(layout: Layout, kv_cache_config: KVCacheConfig) -> None:
-    """Hold vLLM's groups and block bytes against the layout.
+def check_groups(layout: Layout, kv_cache_config: KVCacheConfig, rank: int = 0) -> None:
+    """Hold vLLM's groups and block bytes on one rank against the layout.
 
     Raises:
         RuntimeError: they differ.
     """
     from vllm.model_executor.models.utils import extract_layer_index
 
-    expected = [
-        sorted(layer for layer, heads in enumerate(layout.shape.retrieval_heads) if heads)
-    ] * layout.has_retrieval + [sorted(layers) for layers in layout.bins]
+    caches = rank_caches(layout, rank)
+    block_bytes = rank_block_bytes(layout, rank)
+    expected = [sorted(caches.retrieval)] * layout.has_retrieval + [
+        sorted(layer for layer in layers if layer in caches.streaming) for layers in layout.bins
+    ]
     groups = [
         sorted(map(extract_layer_index, group.layer_names))
         for group in kv_cache_config.kv_cache_groups
@@ -109,10 +116,10 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig) -> None:
     sizes = {
         tensor.size // kv_cache_config.num_blocks for tensor in kv_cache_config.kv_cache_tensors
     }
-    if groups != expected or sizes != {layout.block_bytes}:
+    if groups != expected or sizes != {block_bytes}:
         raise RuntimeError(
             f"vLLM's KV cache groups are not the planned ones: expected layers {expected} in blocks of "
-            f"{layout.block_bytes} bytes, got {groups} in blocks of {sorted(sizes)} bytes; another "
+            f"{block_bytes} bytes, got {groups} in blocks of {sorted(sizes)} bytes; another "
             "plugin may change them, else please report it with the server's flags"
         )
 

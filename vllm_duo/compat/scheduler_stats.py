@@ -43,6 +43,7 @@ def patch(module: ModuleType) -> None:
         if stats is not None:
             counts = held_blocks(self.kv_cache_manager)
             if counts:
+                counts[f"{PREFIX}block_bytes"] = getattr(self, LAYOUT).block_bytes
                 counts |= streaming_hits(self.kv_cache_manager)
                 counts[f"{PREFIX}waste_ppm"] = pool_waste_ppm(self)
             stats.num_kv_fetch_reqs_by_stage.update(counts)
@@ -71,14 +72,11 @@ def held_blocks(kv_cache_manager: Any) -> dict[str, int]:
             held["streaming"] += manager.allocator.held_blocks()
         else:
             held["retrieval"] += sum(map(len, manager.req_to_blocks.values()))
-    config = kv_cache_manager.kv_cache_config
-    block_bytes = config.kv_cache_tensors[0].size // config.num_blocks
     return {
         f"{PREFIX}retrieval_blocks": held["retrieval"],
         f"{PREFIX}streaming_blocks": held["streaming"],
-        f"{PREFIX}block_bytes": block_bytes,
         # The pool's null block is never handed out.
-        f"{PREFIX}pool_blocks": config.num_blocks - 1,
+        f"{PREFIX}pool_blocks": kv_cache_manager.kv_cache_config.num_blocks - 1,
     }
 
 

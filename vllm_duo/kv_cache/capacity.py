@@ -51,4 +51,4 @@ class Capacity:
 
     def times_stock(self, num_tokens: int) -> float:
         """Bytes that stock vLLM holds for a request over those held here."""
-        return self.layout.full_attention_bytes(num_tokens) / self.layout.held_bytes(num_tokens)
+        return self.layout.times_stock(num_tokens)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vllm_duo.kv_cache.packing import Bins, least_capacity, spread_ranks
+from vllm_duo.kv_cache.ranks import own_heads, split_problem
 
 DEFAULT_REFERENCE_TOKENS = 32_768
 """Request length, in tokens, at which ``plan_layout`` compares the candidates."""
@@ -151,10 +152,7 @@ class KVShape:
         dtype_bytes: int,
         tensor_parallel_size: int = 1,
     ) -> tuple[KVShape, ...]:
-        """The shape of every rank, with the heads where vLLM puts them.
-
-        KV head ``h`` of ``Hkv`` lives on rank ``h // (Hkv / tp)``; with more ranks than heads, rank
-        ``r`` has a copy of head ``r * Hkv // tp``.
+        """The shape of every rank, with the heads where vLLM puts them (``ranks.own_heads``).
 
         Args:
             retrieval: [L, Hkv], true for a retrieval head (``HeadSelection.retrieval``).
@@ -175,16 +173,12 @@ class KVShape:
                 f"retrieval mask: expected as many KV heads in every layer, got {sizes}: pass one "
                 "flag per KV head"
             )
-        ranks, heads = tensor_parallel_size, sizes[0]
-        if ranks < 1 or heads < 1 or (heads % ranks and ranks % heads):
-            raise ValueError(
-                f"{heads} KV heads cannot be split over {ranks} ranks: expected that one divides "
-                "the other; choose another tensor-parallel size"
-            )
+        if problem := split_problem(sizes[0], tensor_parallel_size):
+            raise ValueError(problem)
         shapes = []
-        for rank in range(ranks):
-            first = rank * heads // ranks
-            own = [layer[first : first + max(heads // ranks, 1)] for layer in mask]
+        for rank in range(tensor_parallel_size):
+            heads = own_heads(sizes[0], rank, tensor_parallel_size)
+            own = [layer[heads] for layer in mask]
             shapes.append(
                 cls(
                     retrieval_heads=tuple(sum(layer) for layer in own),
@@ -402,6 +396,10 @@ class Layout:
     def full_attention_bytes(self, num_tokens: int) -> int:
         """Bytes that stock vLLM holds for a request of ``num_tokens`` tokens, all heads paged."""
         return self.full_attention.held_bytes(num_tokens)
+
+    def times_stock(self, num_tokens: int) -> float:
+        """Bytes that stock vLLM holds for a request over those held here."""
+        return self.full_attention_bytes(num_tokens) / self.held_bytes(num_tokens)
 
     def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:
         kept = self.span.kept_tokens(num_tokens)

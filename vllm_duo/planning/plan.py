@@ -13,7 +13,7 @@ from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
 from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
 from vllm_duo.server_plan import ServerPlan, make_plan
-from vllm_duo.support import cache_dtype_refusal, parallel_refusal, refuse
+from vllm_duo.support import cache_dtype_refusal, refuse
 
 DTYPES = {"half": "float16", "float": "float32"} | {
     name: name for name in ("float16", "bfloat16", "float32")
@@ -68,7 +68,13 @@ def plan_memory(request: PlanRequest) -> Plan:
     checkpoint = read_checkpoint(request.model)
     facts = checkpoint.facts
     refuse(list(model_refusals(facts)))
-    server = make_plan({SECTION: request.duo}, facts.name, facts.num_layers, facts.num_kv_heads)
+    server = make_plan(
+        {SECTION: request.duo},
+        facts.name,
+        facts.num_layers,
+        facts.num_kv_heads,
+        request.tensor_parallel_size,
+    )
     dtype = _dtype(request, checkpoint)
     cache_dtype = dtype if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
     longest = _model_length(request, checkpoint)
@@ -77,13 +83,13 @@ def plan_memory(request: PlanRequest) -> Plan:
         dtype_bytes=(CACHE_DTYPE_BYTES | DTYPE_BYTES)[cache_dtype],
         block_size=request.block_size,
         max_model_len=longest,
-        tensor_parallel_size=request.tensor_parallel_size,
     )
     if request.max_model_len == "auto":
         longest = _fitting_length(layout, request.kv_cache_bytes, longest)
     lengths = sorted({*(request.lengths or _doubles(longest)), longest})
     duo = _memory(layout, request.kv_cache_bytes, longest, lengths)
     full = _memory(layout.full_attention, request.kv_cache_bytes, longest, lengths)
+    cost, balanced = server.split_costs(layout, longest)
     return Plan(
         **dict(duo),
         settings=_settings(request, checkpoint, server, dtype, longest),
@@ -91,8 +97,12 @@ def plan_memory(request: PlanRequest) -> Plan:
         streaming_blocks_per_request=len(layout.bins) * layout.span.max_blocks,
         num_bins=len(layout.bins),
         times_full_attention=_ratio(duo.concurrent_requests, full.concurrent_requests),
+        tensor_parallel_loss=cost.loss,
         full=full,
-        notes=list(_notes(request, checkpoint, dtype, duo, longest)),
+        notes=[
+            *_notes(request, checkpoint, dtype, duo, longest),
+            *([cost.describe(balanced)] if cost.ranks > 1 else []),
+        ],
     )
 
 
@@ -211,6 +221,7 @@ def _settings(
         block_size=request.block_size,
         max_model_len=longest,
         tensor_parallel_size=request.tensor_parallel_size,
+        balance=resolved.balance,
         kv_cache_bytes=request.kv_cache_bytes,
     )
 
@@ -223,12 +234,8 @@ def _ratio(duo: float, full: float) -> float | None:
 def _notes(
     request: PlanRequest, checkpoint: Checkpoint, dtype: str, duo: MemoryPlan, longest: int
 ) -> Iterator[str]:
-    for reason in (
-        parallel_refusal("--tensor-parallel-size", request.tensor_parallel_size),
-        cache_dtype_refusal(request.kv_cache_dtype, dtype),
-    ):
-        if reason:
-            yield f"this release's server refuses {reason}"
+    if reason := cache_dtype_refusal(request.kv_cache_dtype, dtype):
+        yield f"this release's server refuses {reason}"
     if not checkpoint.is_known:
         yield (
             f"model type {checkpoint.model_type!r}: config.json was read by the usual names of its "

@@ -67,6 +67,7 @@ class PlanSettings(_Frozen):
     block_size: int = Field(description="tokens of a retrieval block, --block-size")
     max_model_len: int = Field(description="tokens")
     tensor_parallel_size: int
+    balance: bool = Field(description="whether every rank streams the same share of its heads")
     kv_cache_bytes: int = Field(description="the pool of one rank")
 
 
@@ -80,6 +81,10 @@ class Plan(MemoryPlan):
     num_bins: int = Field(description="groups of layers whose streaming heads share a block table")
     times_full_attention: float | None = Field(
         description="concurrent_requests over that of full attention; null: that has no block"
+    )
+    tensor_parallel_loss: float = Field(
+        description="share of what duo saves against stock on one rank that is lost by splitting the "
+        "heads, at max_model_len; 0 with one rank"
     )
     full: MemoryPlan = Field(description="stock vLLM: every head keeps every token")
     notes: list[str] = Field(description="what to know before relying on the figures")

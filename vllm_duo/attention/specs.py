@@ -1,0 +1,96 @@
+"""Specs of a layer's caches on this rank, and the server's plan that they come from."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.utils.torch_utils import get_dtype_size
+
+from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
+from vllm_duo.kv_cache.tensor_parallel import rank_caches
+from vllm_duo.server_plan import ServerPlan, resolve_plan
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+    from vllm_duo.kv_cache.layout import Layout
+
+
+class CachedLayer(Protocol):
+    """What the specs need of vLLM's ``Attention``."""
+
+    head_size: int
+    kv_cache_torch_dtype: torch.dtype
+
+
+_plans: dict[int, ServerPlan] = {}
+
+
+def plan_of(vllm_config: VllmConfig) -> ServerPlan:
+    """The server's plan, resolved once per config object and forgotten with it."""
+    key = id(vllm_config)
+    if key not in _plans:
+        _plans[key] = resolve_plan(vllm_config)
+        weakref.finalize(vllm_config, _plans.pop, key, None)
+    return _plans[key]
+
+
+def own_rank(plan: ServerPlan) -> int:
+    """This process's rank in its tensor-parallel group; without a group, in one process, 0."""
+    return 0 if plan.tensor_parallel_size == 1 else int(get_tensor_model_parallel_rank())
+
+
+def retrieval_spec(layer: CachedLayer, heads: int, vllm_config: VllmConfig) -> RetrievalSpec:
+    """Spec of a layer's ``heads`` retrieval heads."""
+    return RetrievalSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=heads,
+        head_size=layer.head_size,
+        dtype=layer.kv_cache_torch_dtype,
+    )
+
+
+def streaming_spec(
+    layer: CachedLayer, index: int, heads: int, vllm_config: VllmConfig
+) -> StreamingSpec:
+    """Spec of the ``heads`` streaming heads of the layer with this index."""
+    plan, layout = plan_of(vllm_config), _layout(layer, vllm_config)
+    return StreamingSpec(
+        block_size=vllm_config.cache_config.block_size,
+        slots_per_block=layout.span.block_size,
+        num_kv_heads=heads,
+        head_size=layer.head_size,
+        dtype=layer.kv_cache_torch_dtype,
+        sink_size=layout.span.sink_size,
+        recent_size=layout.span.recent_size,
+        draft_size=layout.span.draft_size,
+        bin=layout.bin_of(index),
+        num_bins=len(layout.bins),
+        snapshot_interval=plan.resolved.snapshot_interval,
+        max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+    )
+
+
+def unused_spec(
+    layer: CachedLayer, index: int, rank: int, vllm_config: VllmConfig
+) -> RetrievalSpec | StreamingSpec | None:
+    """Spec of the cache by which this layer keeps a group from being empty on this rank, if it does."""
+    layout = _layout(layer, vllm_config)
+    caches = rank_caches(layout, rank)
+    if index not in caches.unused:
+        return None
+    if layout.ranks[rank].retrieval_heads[index]:
+        return streaming_spec(layer, index, caches.streaming[index], vllm_config)
+    return retrieval_spec(layer, caches.retrieval[index], vllm_config)
+
+
+def _layout(layer: CachedLayer, vllm_config: VllmConfig) -> Layout:
+    return plan_of(vllm_config).layout(
+        head_size=layer.head_size,
+        dtype_bytes=get_dtype_size(layer.kv_cache_torch_dtype),
+        block_size=vllm_config.cache_config.block_size,
+        max_model_len=vllm_config.model_config.max_model_len,
+    )
