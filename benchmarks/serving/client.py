@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import api, metrics
+from benchmarks.serving.launch import Client, Launcher
 from benchmarks.serving.settings import Point
 from vllm_duo.report.serve_results import ServerCounts
 
@@ -48,8 +49,8 @@ class Load:
     timeout_s: float
 
 
-def client_command(load: Load, vllm: Sequence[str]) -> list[str]:
-    """``vllm bench serve`` with every setting spelt out."""
+def client_arguments(load: Load) -> list[str]:
+    """Flags of ``vllm bench serve``, every setting spelt out."""
     flags: dict[str, Any] = {
         "--backend": "vllm",
         "--base-url": load.url,
@@ -80,17 +81,17 @@ def client_command(load: Load, vllm: Sequence[str]) -> list[str]:
         "--save-detailed",
         "--disable-tqdm",
     ]
-    return [*vllm, "bench", "serve", *(str(x) for pair in flags.items() for x in pair), *switches]
+    return [*(str(x) for pair in flags.items() for x in pair), *switches]
 
 
 def run_client(
-    load: Load, vllm: Sequence[str], check_alive: Callable[[], None]
+    load: Load, launcher: Launcher, check_alive: Callable[[], None]
 ) -> tuple[dict[str, Any], ServerCounts]:
     """Run the client and sample the server's metrics until it ends.
 
     Args:
         load: what to run.
-        vllm: the command ``vllm``.
+        launcher: starts it.
         check_alive: raises if the server has ended.
 
     Returns:
@@ -103,13 +104,7 @@ def run_client(
     """
     samples = [metrics.read_sample(api.metrics_text(load.url))]
     load.result.parent.mkdir(parents=True, exist_ok=True)
-    with load.log.open("wb") as out:
-        client = subprocess.Popen(
-            client_command(load, vllm),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    client = launcher.start(client_arguments(load), load.log)
     try:
         _watch(client, load, samples, check_alive)
     finally:
@@ -138,7 +133,7 @@ def run_client(
 
 
 def _watch(
-    client: subprocess.Popen[bytes],
+    client: Client,
     load: Load,
     samples: list[metrics.Sample],
     check_alive: Callable[[], None],
@@ -166,7 +161,7 @@ def _watch(
                 raise
 
 
-def _end(client: subprocess.Popen[bytes]) -> None:
+def _end(client: Client) -> None:
     """Kill it if it still runs."""
     if client.poll() is None:
         os.killpg(client.pid, signal.SIGKILL)

@@ -10,8 +10,9 @@ from typing import Any
 
 from benchmarks.serving import gate as gates
 from benchmarks.serving import summary
-from benchmarks.serving.client import Load, client_command, run_client
+from benchmarks.serving.client import Load, client_arguments, run_client
 from benchmarks.serving.folder import RunFolder
+from benchmarks.serving.launch import CommandLauncher, ForkLauncher, Launcher
 from benchmarks.serving.prompts import Texts
 from benchmarks.serving.servers import Fleet, Running, is_resident
 from benchmarks.serving.settings import GATE_SIDE, Point, Settings
@@ -103,14 +104,18 @@ class Benchmark:
             (task.point.key, task.round): self._requests(task.point, task.round)
             for task in self.tasks
         }
-        with Fleet(self.settings, self.folder.logs, self.tell, self.vllm) as fleet:
+        with (
+            Fleet(self.settings, self.folder.logs, self.tell, self.vllm) as fleet,
+            ForkLauncher() as forks,
+        ):
+            launcher = forks if self.vllm is None else CommandLauncher(self.vllm)
             gate = self.folder.gate() or self._gate(fleet)
             if fleet.resident:
                 fleet.start(sorted({task.side for task in self.tasks}))
             try:
                 for task in self.tasks:
                     start(task)
-                    done(self._measure(fleet, task, datasets[task.point.key, task.round]))
+                    done(self._measure(fleet, launcher, task, datasets[task.point.key, task.round]))
                     self._save(gate)
             finally:
                 results = self._save(gate)
@@ -164,7 +169,9 @@ class Benchmark:
             raise GateError(gates.told(gate))
         return gate
 
-    def _measure(self, fleet: Fleet, task: Task, requests: Sequence[Request]) -> Run:
+    def _measure(
+        self, fleet: Fleet, launcher: Launcher, task: Task, requests: Sequence[Request]
+    ) -> Run:
         server = self._use(fleet, task.side)
         file = self.folder.run(task.point.key, task.side, task.round)
         dataset = self.folder.requests(task.point, task.round)
@@ -180,7 +187,7 @@ class Benchmark:
             timeout_s=self.settings.point_timeout_s,
         )
         started, idle = datetime.now(UTC), fleet.idle_cpu_s(task.side)
-        raw, counted = run_client(load, fleet.vllm, server.check_alive)
+        raw, counted = run_client(load, launcher, server.check_alive)
         idle = fleet.idle_cpu_s(task.side) - idle
         samples = summary.samples_ms(raw)
         asked = [request for request in requests if request.answer]
@@ -200,7 +207,7 @@ class Benchmark:
             passkeys_asked=len(asked),
             passkeys_right=summary.right_passkeys(requests, raw["generated_texts"]),
             idle_servers_cpu_s=max(0.0, idle),
-            client_command=client_command(load, fleet.vllm),
+            client_command=["vllm", "bench", "serve", *client_arguments(load)],
             client_file=self.folder.relative(load.result),
             requests_file=self.folder.relative(dataset),
         )

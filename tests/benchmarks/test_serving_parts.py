@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.serving.api import Answer
 from benchmarks.serving.arguments import make_points, parse
-from benchmarks.serving.client import Load, client_command
+from benchmarks.serving.client import Load, client_arguments
 from benchmarks.serving.gate import first_difference
 from benchmarks.serving.metrics import capacity, counts, read_sample
 from benchmarks.serving.presets import PRESETS, make_dummy_model
@@ -92,7 +92,7 @@ class TestPoints:
 class TestClientCommand:
     def load(self, **given):
         point = Point(workload="random", prompt_tokens=9, output_tokens=4, requests=4, **given)
-        return client_command(
+        return client_arguments(
             Load(
                 url="http://h:1",
                 model="m",
@@ -103,8 +103,7 @@ class TestClientCommand:
                 result=Path("d/f.json"),
                 log=Path("l"),
                 timeout_s=1,
-            ),
-            ["vllm"],
+            )
         )
 
     def test_open_loop(self):
@@ -125,8 +124,7 @@ class TestClientCommand:
         parser = FlexibleArgumentParser()
         add_cli_args(parser)
         command = self.load(rate=2.5)
-        parsed = parser.parse_args(command[3:])
-        assert command[:3] == ["vllm", "bench", "serve"]
+        parsed = parser.parse_args(command)
         assert parsed.dataset_name == "custom"
         assert parsed.custom_output_len == -1
         assert parsed.temperature == 0
