@@ -39,9 +39,9 @@ def error_of(models):
     oracle = Oracle(models[1], MASKS["retrieval"], SINK, RECENT)
     quantise_inputs(oracle.model)
 
-    def error_of(answers, mask):
+    def error_of(answers, mask, prompts=PROMPTS):
         oracle.retrieval = np.asarray(MASKS[mask])
-        return rms(errors(oracle, PROMPTS, answers))
+        return rms(errors(oracle, prompts, answers))
 
     return error_of
 
@@ -75,13 +75,14 @@ def test_all_retrieval_gives_stocks_tokens(serve, stock, error_of):
 
 
 def test_streaming_heads_follow_the_rule_and_accounts_hold(serve, error_of, monkeypatch):
-    """In a pool that forces preemption, looked at after every step."""
-    with serve("mixed", block_size=16, num_gpu_blocks_override=40) as running:
+    """In a pool that holds four prompts and not their answers, looked at after every step."""
+    prompts, answer_tokens = prompts_of([150] * 4, seed=42), 90
+    with serve("mixed", block_size=16, num_gpu_blocks_override=60) as running:
         stepper = Stepper(running, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=NEW_TOKENS)
+        for index, prompt in enumerate(prompts):
+            stepper.add(str(index), prompt, max_tokens=answer_tokens)
         stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        answers = [stepper.answer(str(index)) for index in range(len(prompts))]
     assert stepper.preempted
-    assert error_of(answers, "mixed") <= ERROR
-    assert error_of(answers, "retrieval") > 10 * ERROR, "the masks must matter"
+    assert error_of(answers, "mixed", prompts) <= ERROR
+    assert error_of(answers, "retrieval", prompts) > 10 * ERROR, "the masks must matter"
