@@ -19,7 +19,8 @@ constexpr int64_t KEYS_PER_ITEM = 512;
 // Query rows (tokens times query heads of a KV head) of a prefill item.
 constexpr int64_t ROWS_PER_ITEM = 192;
 
-// What threads write at the same time lies this far apart, two lines of cache: processors fetch pairs.
+// What threads write at the same time lies this far apart, two lines of cache: processors fetch
+// pairs.
 constexpr int64_t APART_FLOATS = 32;
 
 constexpr int64_t apart(int64_t floats) {
