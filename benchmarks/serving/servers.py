@@ -166,7 +166,8 @@ class Fleet:
             self.settings.model,
             self.settings.serve_arguments(side),
             log=self.logs / f"{side}-start{number}.log",
-            env=self.settings.env,
+            # The pool's capacity is read from what it logs.
+            env={"VLLM_LOGGING_LEVEL": "INFO", **self.settings.env},
             port=self._port(side),
         )
         process.command[:1] = self.vllm
