@@ -30,12 +30,12 @@ def report(
     from vllm_duo.cli.consoles import out as console
     from vllm_duo.report.figures import write_figures
     from vllm_duo.report.load import load_results
-    from vllm_duo.report.render import render, sections_of
+    from vllm_duo.report.render import render_sections, sections_of
 
-    results = load_results(runs)
-    page = render(results)
+    sections = sections_of(load_results(runs))
+    page = render_sections(sections)
     if figures is not None:
-        files = write_figures(sections_of(results), figures, figure_kinds.split(","))
+        files = write_figures(sections, figures, figure_kinds.split(","))
         told = f"Saved {len(files)} figures to {figures}"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     out.write_text(page, encoding="utf-8")

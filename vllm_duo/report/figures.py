@@ -47,16 +47,13 @@ def write_figures(
             "figures: these results have nothing to draw, only tables: leave --figures out"
         )
     makers: dict[str, Callable[[str], bytes]] = {"svg": str.encode, "png": _png}
-    if "png" in chosen:
-        _png(figures[0][1])  # refuses before anything is written
+    made = {
+        folder / f"{name}.{kind}": makers[kind](svg) for name, svg in figures for kind in chosen
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, svg in figures:
-        for kind in chosen:
-            file = folder / f"{name}.{kind}"
-            file.write_bytes(makers[kind](svg))
-            files.append(file)
-    return files
+    for file, content in made.items():
+        file.write_bytes(content)
+    return list(made)
 
 
 def _figures(sections: Sequence[Section]) -> Iterator[tuple[str, str]]:

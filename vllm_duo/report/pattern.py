@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_duo.heads import HeadPattern
+from vllm_duo.heads.discovery import MODEL_PATTERN_FOLDER
 from vllm_duo.heads.picture import rgb_of
 from vllm_duo.report.grid import GridCell, grid_chart
 from vllm_duo.report.page import Block, row
 
 SPARSITIES = (0.25, 0.5, 0.75)
 SHOWN = 0.5
-FOLDER_IN_MODEL = "duo_pattern"
 LEGEND_STEPS = 5
 
 
 def name_of(folder: Path) -> str:
     """A name that tells patterns apart: the model's where the folder bears a model's usual one."""
     folder = folder.resolve()
-    return folder.parent.name if folder.name == FOLDER_IN_MODEL else folder.name
+    return folder.parent.name if folder.name == MODEL_PATTERN_FOLDER else folder.name
 
 
 def blocks(pattern: HeadPattern) -> Iterator[Block]:

@@ -29,10 +29,19 @@ def sections_of(results: Sequence[Result]) -> list[Section]:
 
 
 def render(results: Sequence[Result]) -> str:
-    """The whole page.
+    """The whole page of results.
 
     Raises:
         ValueError: results of another version, or none in them.
+        RuntimeError: jinja2 is not installed.
+    """
+    return render_sections(sections_of(results))
+
+
+def render_sections(sections: Sequence[Section]) -> str:
+    """The whole page of what ``sections_of`` found.
+
+    Raises:
         RuntimeError: jinja2 is not installed.
     """
     try:
@@ -46,7 +55,7 @@ def render(results: Sequence[Result]) -> str:
     return str(
         template.render(
             title=TITLE,
-            sections=sections_of(results),
+            sections=sections,
             light=style.variables(style.LIGHT),
             dark=style.variables(style.DARK),
             chart_rules=style.CHART_RULES,
