@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from types import SimpleNamespace
 
 import pytest
 import vllm.platforms
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo import support
 from vllm_duo.heads import HeadPattern
 
@@ -207,17 +206,6 @@ def refused(cases):
         pytest.param(case, id=name, marks=pytest.mark.refused(*ROWS.get(name, (name,))))
         for name, case in cases.items()
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def this_process():
-    """Models are looked at here instead of in a process of 20 s each; settings of it come back."""
-    before = dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
-        yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models import registry
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.utils import (
     get_supported_kv_cache_layouts,
@@ -24,6 +22,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo import HeadPattern
 from vllm_duo.attention import specs
 from vllm_duo.attention.backend import DuoAttentionBackend
@@ -47,17 +46,6 @@ MASKS = {
     "all streaming": [[0, 0, 0, 0]] * 3,
     "all retrieval": [[1, 1, 1, 1]] * 3,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def this_process():
-    """Models are looked at here instead of in a process of 20 s each; settings of it come back."""
-    before = dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
-        yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models import registry
 
 from tests.test_server_errors import REFUSED_MODELS, config_json
+from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import DEFAULTS, read_checkpoint
 from vllm_duo.support import facts_of
@@ -34,17 +33,6 @@ REQUIRED = {
     "max_position_embeddings": 512,
     "pad_token_id": 0,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def this_process():
-    """Models are looked at here instead of in a process of 20 s each; settings of it come back."""
-    before = dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
-        yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
