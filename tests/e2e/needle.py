@@ -77,3 +77,21 @@ def accuracy(server, asked, *, chat=False):
 
     with ThreadPoolExecutor(8) as pool:
         return sum(pool.map(ask, asked)) / len(asked)
+
+
+def greedy_ids(server, asked, *, max_tokens, **extra):
+    """Token ids of the greedy answers, with eight requests in flight."""
+    client = client_of(server)
+
+    def ask(prompt):
+        answer = client.completions.create(
+            model="needle",
+            prompt=prompt.text,
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body={"return_token_ids": True, **extra},
+        )
+        return answer.choices[0].token_ids
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(ask, asked))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
-from tests.e2e.needle import client_of, prompts, serve
+from tests.e2e.needle import client_of, greedy_ids, prompts, serve
 from tests.e2e.test_served_requests import assert_all_blocks_return
 
 pytestmark = pytest.mark.engine
@@ -22,29 +20,11 @@ def replicas(tmp_path_factory):
         yield server
 
 
-def answers(server, asked):
-    """Tokens of greedy answers, all asked at once."""
-    client = client_of(server)
-
-    def ask(prompt):
-        answer = client.completions.create(
-            model="needle",
-            prompt=prompt.text,
-            max_tokens=NEW_TOKENS,
-            temperature=0,
-            logprobs=0,
-            extra_body={"ignore_eos": True},
-        )
-        return answer.choices[0].logprobs.tokens
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(ask, asked))
-
-
 @pytest.mark.feature("data parallelism")
 def test_replicas_give_the_tokens_of_one(replicas, half_server):
     asked = prompts(700, 8, hidden=True)
-    assert answers(replicas, asked) == answers(half_server, asked)
+    given = {"max_tokens": NEW_TOKENS, "ignore_eos": True}
+    assert greedy_ids(replicas, asked, **given) == greedy_ids(half_server, asked, **given)
     served = replicas.metrics("vllm:request_success_total")
     held = replicas.metrics("vllm_duo:held_blocks")
     for engine in ("engine=0", "engine=1"):

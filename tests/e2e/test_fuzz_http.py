@@ -111,22 +111,17 @@ def server(half_server):
     assert is_correct(prompt, answer.choices[0].text)
 
 
-def test_completions(server):
-    @fuzz(0.5)
-    @given(body=completions, length=lengths, count=counts)
+@pytest.mark.parametrize(
+    ("path", "bodies", "part"),
+    [("/v1/completions", completions, 0.5), ("/v1/chat/completions", chats, 0.4)],
+    ids=["completions", "chats"],
+)
+def test_objects(server, path, bodies, part):
+    @fuzz(part)
+    @given(body=bodies, length=lengths, count=counts)
     def ask(body, length, count):
         body |= {"model": body.get("model", "needle"), "max_tokens": length, "n": count}
-        assert_answered(post(server, "/v1/completions", encoded(body)))
-
-    ask()
-
-
-def test_chats(server):
-    @fuzz(0.4)
-    @given(body=chats, length=lengths, count=counts)
-    def ask(body, length, count):
-        body |= {"model": body.get("model", "needle"), "max_tokens": length, "n": count}
-        assert_answered(post(server, "/v1/chat/completions", encoded(body)))
+        assert_answered(post(server, path, encoded(body)))
 
     ask()
 

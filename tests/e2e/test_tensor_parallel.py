@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from tests.e2e.engine import MAX_NEW_TOKENS, engine, write_pattern
-from tests.e2e.needle import FLAGS, MODEL, SERVER_ENV, client_of, prompts
+from tests.e2e.needle import FLAGS, MODEL, SERVER_ENV, greedy_ids, prompts
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.models.random_models import Shape
 from tests.oracle import Oracle, mismatches
@@ -50,33 +49,15 @@ def two_ranks(tmp_path_factory, two_cores):
         yield server
 
 
-def answers(server, asked):
-    """Greedy token ids, with eight requests in flight."""
-    client = client_of(server)
-
-    def ask(prompt):
-        answer = client.completions.create(
-            model="needle",
-            prompt=prompt.text,
-            max_tokens=16,
-            temperature=0,
-            extra_body={"return_token_ids": True},
-        )
-        return answer.choices[0].token_ids
-
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(ask, asked))
-
-
 @pytest.mark.feature("tensor parallelism")
 def test_served_tokens_are_those_of_one_rank(half_server, two_ranks):
     """The second time most of each prompt is a prefix hit: rings are restored on both ranks."""
     asked = [prompt for length in (256, 1024, 2048) for prompt in prompts(length, 5)]
-    expected = answers(half_server, asked)
-    assert answers(two_ranks, asked) == expected
+    expected = greedy_ids(half_server, asked, max_tokens=16)
+    assert greedy_ids(two_ranks, asked, max_tokens=16) == expected
     hits = "vllm_duo:streaming_prefix_hits_total{engine=0}"
     before = two_ranks.metrics()[hits]
-    assert answers(two_ranks, asked) == expected
+    assert greedy_ids(two_ranks, asked, max_tokens=16) == expected
     assert two_ranks.metrics()[hits] - before == len(asked)
 
 
