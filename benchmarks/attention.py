@@ -26,12 +26,17 @@ from rich.table import Table
 
 from benchmarks.attention_layers import DuoLayer, Shape, StockLayer
 from benchmarks.provenance import lscpu, provenance
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.ops import cpu
 
 LAYERS_BYTES = 128 << 20
 """Layers of a contender take turns over so many bytes, several times the largest cache of a laptop."""
 
 PREFILL_TOKENS, PREFILL_CHUNK = 16_384, 2048
+
+
+GATE_ERRORS = {"e4m3": 0.08, "e5m2": 0.16, "int8": 0.02, "int4": 0.3}
+"""What quantising may change a result by, of its size: twice what it does with random keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +46,12 @@ class Contender:
     name: str
     sparsities: tuple[float, ...] = ()
     context: int | None = None  # in place of the case's
+    kv_cache_dtype: str = "auto"
 
     def shape(self, case: Case) -> Shape:
-        """The case's shape, with this contender's context."""
-        return case.shape if self.context is None else replace(case.shape, context=self.context)
+        """The case's shape, with this contender's context and cache."""
+        shape = replace(case.shape, kv_cache_dtype=self.kv_cache_dtype)
+        return shape if self.context is None else replace(shape, context=self.context)
 
     def streaming(self, shape: Shape) -> list[int]:
         """Streaming KV heads of each layer."""
@@ -64,6 +71,11 @@ QUARTER = Contender(name="duo 75%", sparsities=(0.75,))
 AT_4K = Contender(name="duo at 4k", sparsities=(1.0,), context=(4 << 10) - 1)
 AT_1M = Contender(name="duo at 1M", sparsities=(1.0,), context=(1 << 20) - 1)
 MIXED = Contender(name="duo mixed", sparsities=(0.5, 0.5))
+QUANTISED = tuple(
+    Contender(name=f"duo 50% {name}", sparsities=(0.5,), kv_cache_dtype=name)
+    for name in FORMATS
+    if name != "fp8_e4m3"  # another name of fp8
+)
 EXCLUSIVE = Contender(name="duo exclusive", sparsities=(0.0, 1.0))
 
 
@@ -107,10 +119,32 @@ def gate(dtype: torch.dtype, num_heads: int, num_kv_heads: int, sparsity: float)
         context += chunk
 
 
+def gate_quantised(name: str) -> None:
+    """Serve a request from nothing in two chunks with a quantised cache and with one that is not.
+
+    Raises:
+        RuntimeError: the results are further apart than the format explains.
+    """
+    shape = Shape(
+        dtype=torch.float32, num_heads=8, num_kv_heads=2, context=0, chunk=1000, kv_cache_dtype=name
+    )
+    results = []
+    for own in (shape, replace(shape, kv_cache_dtype="auto")):
+        layer = DuoLayer(own, 1)
+        chunks = [replace(own, chunk=600), replace(own, context=600, chunk=400)]
+        results.append(torch.cat([layer.step(chunk, i)() for i, chunk in enumerate(chunks)]))
+    error = (results[0] - results[1]).square().mean().sqrt() / results[1].square().mean().sqrt()
+    bound = GATE_ERRORS[FORMATS[name].number]
+    if not error <= bound:
+        raise RuntimeError(
+            f"gate: {name}: results differ by {error:.3f} of their size, expected at most {bound}"
+        )
+
+
 def work_of(case: Case, contender: Contender) -> Callable[[], object]:
     """A call that runs the next layers' work."""
     shape = contender.shape(case)
-    if case.name == "prefill":
+    if case.name in ("prefill", "quantised prefill"):
         (layer,) = contender.layers(shape)
         chunks = [
             layer.step(replace(shape, context=begin, chunk=min(PREFILL_CHUNK, shape.chunk - begin)))
@@ -175,6 +209,8 @@ def cases(smoke: bool) -> list[Case]:
                 return Shape(dtype=dtype, num_heads=heads[0], num_kv_heads=heads[1], **sizes)
 
             found.append(Case(name="decode", shape=shape(context=context - 1, chunk=1)))
+            decode = shape(context=context - 1, chunk=1)
+            found.append(Case(name="quantised", shape=decode, contenders=(HALF, *QUANTISED)))
             both = shape(context=context - 1, chunk=1)
             found.append(Case(name="exclusive", shape=both, contenders=(MIXED, EXCLUSIVE)))
             for length, requests in itertools.product((128, 1024), (1, 8, 64)):
@@ -185,6 +221,8 @@ def cases(smoke: bool) -> list[Case]:
             )
             prefill = replace(prefill, num_kv_heads=16 if heads[0] == 16 else 4)
             found.append(Case(name="prefill", shape=prefill, rounds=3))
+            contenders = (HALF, *QUANTISED)
+            found.append(replace(found[-1], name="quantised prefill", contenders=contenders))
             constant = shape(context=0, chunk=1)
             found.append(Case(name="streaming", shape=constant, contenders=(AT_4K, AT_1M)))
     return [replace(case, rounds=1) for case in found] if smoke else found
@@ -257,6 +295,8 @@ def main() -> int:
         (torch.float32, torch.bfloat16), ((16, 16), (32, 8), (16, 4)), (0.0, 0.5)
     ):
         gate(dtype, *heads, sparsity)
+    for name in FORMATS:
+        gate_quantised(name)
     rows: list[dict[str, Any]] = []
     limits = {}
     for threads in arguments.threads:

@@ -10,8 +10,10 @@ import torch
 from vllm import _custom_ops as stock_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from vllm_duo.kv_cache.formats import FORMATS, CacheFormat
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.layer import attend_and_write
+from vllm_duo.ops.quantise import quantise
 
 BLOCK_TOKENS = 128
 RING_BLOCK_TOKENS = 16
@@ -29,6 +31,17 @@ class Shape:
     chunk: int
     requests: int = 1
     head_size: int = 64
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def form(self) -> CacheFormat | None:
+        """Format of a quantised cache."""
+        return FORMATS.get(self.kv_cache_dtype)
+
+    @property
+    def row(self) -> int:
+        """Elements of a token in one head's cache."""
+        return self.form.row_bytes(self.head_size) if self.form else 2 * self.head_size
 
     @property
     def scale(self) -> float:
@@ -73,7 +86,7 @@ class Shape:
         full = self.context + self.chunk
         tokens = (self.num_kv_heads - streaming) * full
         tokens += streaming * min(full, SINK_TOKENS + RECENT_TOKENS)
-        return self.requests * tokens * 2 * self.head_size * self.dtype.itemsize
+        return self.requests * tokens * self.row * (1 if self.form else self.dtype.itemsize)
 
     def operations(self, streaming: int) -> int:
         """Multiplications and additions of the attention itself."""
@@ -96,6 +109,17 @@ def random_cache(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return cache
 
 
+def random_rows(shape: tuple[int, ...], step: Shape) -> torch.Tensor:
+    """A cache of this shape with random keys and values, quantised where the step's are."""
+    if step.form is None:
+        return random_cache(shape, step.dtype)
+    generator = torch.Generator().manual_seed(2)
+    key, value = (torch.randn(4096, step.head_size, generator=generator) for _ in range(2))
+    rows = quantise(key, value, step.form)
+    count = int(np.prod(shape[:-1]))
+    return rows.repeat(-(-count // len(rows)), 1)[:count].view(shape)
+
+
 class DuoLayer:
     """Both classes with this package's kernels; the first ``streaming`` KV heads stream."""
 
@@ -107,19 +131,19 @@ class DuoLayer:
         slots = -(-(SINK_TOKENS + RECENT_TOKENS) // RING_BLOCK_TOKENS)
         ring = torch.arange(1, shape.requests * slots + 1, dtype=torch.int32)
         ring = ring.view(shape.requests, slots)
-        size = 2 * shape.head_size
         blocks = shape.requests * shape.width + 1
         ring_blocks = shape.requests * slots + 1
-        retrieval_shape = (blocks, retrieval, BLOCK_TOKENS, size)
-        streaming_shape = (ring_blocks, streaming, RING_BLOCK_TOKENS, size)
+        retrieval_shape = (blocks, retrieval, BLOCK_TOKENS, shape.row)
+        streaming_shape = (ring_blocks, streaming, RING_BLOCK_TOKENS, shape.row)
         table = PagedTable(shape.table(), BLOCK_TOKENS)
         self.caches = LayerCaches(
-            random_cache(retrieval_shape, shape.dtype) if retrieval else None,
+            random_rows(retrieval_shape, shape) if retrieval else None,
             table if retrieval else None,
-            random_cache(streaming_shape, shape.dtype) if streaming else None,
+            random_rows(streaming_shape, shape) if streaming else None,
             RingTable(ring, RING_BLOCK_TOKENS, SINK_TOKENS, RECENT_TOKENS, RECENT_TOKENS)
             if streaming
             else None,
+            shape.form,
         )
 
     def step(self, shape: Shape, seed: int = 0) -> Callable[[], torch.Tensor]:

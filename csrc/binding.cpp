@@ -174,17 +174,14 @@ Rows rows_of(const char* name, const View& tensor) {
     return {tensor.data(), tensor.stride(0), tensor.stride(1)};
 }
 
-Cache cache_of(const char* name, const View& tensor, const View& key, int64_t heads,
+Cache cache_of(const char* name, const View& tensor, const LayerStep& step, int64_t heads,
                int64_t block_size) {
-    const int64_t head_size = key.shape(2);
+    const int64_t row = row_bytes(step.dtype, step.head_size) / element_bytes(step.dtype);
     if (tensor.ndim() != 4 || tensor.shape(1) != heads || tensor.shape(2) != block_size ||
-        tensor.shape(3) != 2 * head_size || tensor.stride(3) != 1 ||
-        tensor.dtype() != key.dtype()) {
+        tensor.shape(3) != row || tensor.stride(3) != 1 || tensor.dtype() != step.dtype) {
         fail(std::string(name) + " cache must be [N, " + text(heads) + ", " + text(block_size) +
-             ", " + text(2 * head_size) +
-             "] of the key's dtype with a contiguous last dimension, "
-             "got " +
-             shape_of(tensor));
+             ", " + text(row) + "] of the " + (is_quantised(step.dtype) ? "quantised" : "key's") +
+             " dtype with a contiguous last dimension, got " + shape_of(tensor));
     }
     return {tensor.data(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.shape(0)};
 }
@@ -220,13 +217,13 @@ void check_table(const char* name, const HeadClass& heads, const BlockTable& blo
 
 // Fills in a class; nothing where the layer has no head of it.
 void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& heads, nb::handle cache,
-               const BlockTable* blocks, const View& key, const Batch& batch, bool check) {
+               const BlockTable* blocks, const LayerStep& step, const Batch& batch, bool check) {
     if (heads.empty()) return;
     if (cache.is_none() || !blocks) {
         fail("the layer has " + text(static_cast<int64_t>(heads.size())) + " " + name +
              " heads and no " + name + " cache");
     }
-    to.cache = cache_of(name, View(cache), key, static_cast<int64_t>(heads.size()),
+    to.cache = cache_of(name, View(cache), step, static_cast<int64_t>(heads.size()),
                         blocks->table.block_size);
     to.table = blocks->table;
     to.heads = heads.data();
@@ -286,19 +283,31 @@ const Kernels* chosen = nullptr;
 void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle query,
          nb::handle key_tuple, nb::handle value_tuple, nb::handle output, float scale, int first,
          int last, nb::handle retrieval, const BlockTable* paged, nb::handle streaming,
-         const BlockTable* ring, const Copies* copies, bool check) {
+         const BlockTable* ring, const Copies* copies, int cache_dtype, float key_scale,
+         float value_scale, bool check) {
     const View key(key_tuple), value(value_tuple);
     check_activations(key, value, heads, batch);
     LayerStep step{};
-    step.dtype = key.dtype();
+    step.activations = key.dtype();
+    step.dtype = static_cast<Dtype>(cache_dtype);
+    if (step.dtype != key.dtype() && !is_quantised(step.dtype)) {
+        fail("caches must be of the key's dtype or quantised");
+    }
+    // Greater than zero, also where it is NaN.
+    if (!(key_scale > 0) || !(value_scale > 0)) {
+        fail("the scales of a quantised cache must be positive, got " + std::to_string(key_scale) +
+             " and " + std::to_string(value_scale));
+    }
+    step.key_scale = key_scale;
+    step.value_scale = value_scale;
     step.head_size = static_cast<int>(key.shape(2));
     step.key = rows_of("key", key);
     step.value = rows_of("value", value);
     step.scale = scale;
     step.requests = batch.requests.data();
     step.num_requests = static_cast<int>(batch.requests.size());
-    set_class("retrieval", step.classes[0], heads.classes[0], retrieval, paged, key, batch, check);
-    set_class("streaming", step.classes[1], heads.classes[1], streaming, ring, key, batch, check);
+    set_class("retrieval", step.classes[0], heads.classes[0], retrieval, paged, step, batch, check);
+    set_class("streaming", step.classes[1], heads.classes[1], streaming, ring, step, batch, check);
     if (phases & ATTEND) {
         set_queries(step, View(query), View(output), key);
         if (first < 0 || first > last || last > step.num_requests) {
@@ -340,11 +349,17 @@ NB_MODULE(_cpu, module) {
     module.attr("FLOAT32") = static_cast<int>(Dtype::f32);
     module.attr("BFLOAT16") = static_cast<int>(Dtype::bf16);
     module.attr("FLOAT16") = static_cast<int>(Dtype::f16);
+    module.attr("FP8_E4M3") = static_cast<int>(Dtype::e4m3);
+    module.attr("FP8_E5M2") = static_cast<int>(Dtype::e5m2);
+    module.attr("SCALED_FP8_E4M3") = static_cast<int>(Dtype::scaled_e4m3);
+    module.attr("SCALED_INT4") = static_cast<int>(Dtype::scaled_i4);
+    module.attr("SCALED_INT8") = static_cast<int>(Dtype::scaled_i8);
     module.def("run", &run, nb::arg("phases"), nb::arg("batch"), nb::arg("heads"),
                nb::arg("query").none(), nb::arg("key"), nb::arg("value"), nb::arg("output").none(),
                nb::arg("scale"), nb::arg("first"), nb::arg("last"), nb::arg("retrieval").none(),
                nb::arg("paged").none(), nb::arg("streaming").none(), nb::arg("ring").none(),
-               nb::arg("copies").none(), nb::arg("check"));
+               nb::arg("copies").none(), nb::arg("cache_dtype"), nb::arg("key_scale"),
+               nb::arg("value_scale"), nb::arg("check"));
     module.def("isa", [] { return std::string(chosen ? chosen->name : best_kernels().name); });
     module.def("force_isa", [](const std::string& name) { chosen = &kernels_named(name); });
     module.def("supported_isas", &supported_isas);

@@ -12,7 +12,9 @@
 
 namespace duo {
 
-enum class Dtype : int { f32, bf16, f16 };
+// Of activations the first three; of caches all. `scaled`: of each token and head, the keys' and
+// the values' scale stand behind them as two floats.
+enum class Dtype : int { f32, bf16, f16, e4m3, e5m2, scaled_e4m3, scaled_i8, scaled_i4 };
 
 // [T, H, D] activations, last dimension contiguous.
 struct Rows {
@@ -21,7 +23,7 @@ struct Rows {
     int64_t head_stride = 0;
 };
 
-// [N, H, P, 2 * D], keys in the first D elements, last dimension contiguous.
+// [N, H, P, row], keys before values, last dimension contiguous.
 struct Cache {
     char* data = nullptr;
     int64_t block_stride = 0;
@@ -62,18 +64,38 @@ struct HeadClass {
 
 // One layer's work in one step.
 struct LayerStep {
-    Dtype dtype;
+    Dtype dtype;        // of the caches, and of keys and values once they are quantised
+    Dtype activations;  // of queries and output, and of keys and values before
     int head_size;
     int group;  // query heads of a KV head
     Rows query, key, value, output;
     float scale;
+    float key_scale;    // what a quantised key, or its own scale, is to be multiplied with
+    float value_scale;  // likewise
     const Request* requests;
     int num_requests;
     HeadClass classes[2];
 };
 
+DUO_ALWAYS_INLINE constexpr bool is_quantised(Dtype dtype) { return dtype >= Dtype::e4m3; }
+
 DUO_ALWAYS_INLINE constexpr int64_t element_bytes(Dtype dtype) {
-    return dtype == Dtype::f32 ? 4 : 2;
+    return dtype == Dtype::f32 ? 4 : is_quantised(dtype) ? 1 : 2;
+}
+
+// Bytes of a token's and head's scales.
+DUO_ALWAYS_INLINE constexpr int64_t scale_bytes(Dtype dtype) {
+    return dtype >= Dtype::scaled_e4m3 ? 2 * sizeof(float) : 0;
+}
+
+// Bytes of a token's keys, or of its values, in one head.
+DUO_ALWAYS_INLINE constexpr int64_t number_bytes(Dtype dtype, int64_t head_size) {
+    return dtype == Dtype::scaled_i4 ? head_size / 2 : head_size * element_bytes(dtype);
+}
+
+// Bytes of a token's keys, values and scales in one head.
+DUO_ALWAYS_INLINE constexpr int64_t row_bytes(Dtype dtype, int64_t head_size) {
+    return 2 * number_bytes(dtype, head_size) + scale_bytes(dtype);
 }
 
 // A piece of attention that one thread computes alone.

@@ -34,7 +34,7 @@ KeyRun locate(const LayerStep& step, const HeadClass& heads, int head, const Req
     }
     const char* key = slot_address(heads, size, row, head, slot);
     const int64_t stride = size * heads.cache.slot_stride;
-    return {key, key + size * step.head_size, stride, stride, count};
+    return {key, key + number_bytes(step.dtype, step.head_size), stride, stride, count};
 }
 
 }  // namespace duo

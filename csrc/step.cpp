@@ -20,11 +20,34 @@ void write(const LayerStep& step, const HeadClass& heads) {
     if (heads.num_heads == 0 || step.num_requests == 0) return;
     const Request& end = step.requests[step.num_requests - 1];
     const int64_t tokens = end.first_token + end.length;
-    const int64_t token_bytes = 2 * step.head_size * element_bytes(step.dtype) * heads.num_heads;
+    const int64_t token_bytes = row_bytes(step.dtype, step.head_size) * heads.num_heads;
     const int threads = threads_for(tokens * token_bytes);
     parallel(threads, [&](int thread) {
         write_tokens(step, heads, tokens * thread / threads, tokens * (thread + 1) / threads);
     });
+}
+
+// Puts the step's keys and values into the caches' own rows, [T, Hkv, row_bytes]. All who need them
+// read these, the step's own queries too: what a query sees must not depend on what was in a cache
+// already and what is not there yet.
+void quantise(LayerStep& step, const Kernels& kernels) {
+    thread_local Scratch scratch;
+    if (step.num_requests == 0) return;
+    const Request& end = step.requests[step.num_requests - 1];
+    const int64_t tokens = end.first_token + end.length;
+    const int64_t heads = step.classes[0].num_heads + step.classes[1].num_heads;
+    const int64_t row = row_bytes(step.dtype, step.head_size);
+    const int64_t bytes = tokens * heads * row;
+    char* to =
+        reinterpret_cast<char*>(scratch.floats(bytes / static_cast<int64_t>(sizeof(float)) + 1));
+    const int threads = threads_for(bytes * 4);
+    const LayerStep& from = step;
+    parallel(threads, [&](int thread) {
+        kernels.quantise(from, static_cast<int>(heads), tokens * thread / threads,
+                         tokens * (thread + 1) / threads, to);
+    });
+    step.key = {to, heads * row, row};
+    step.value = {to + number_bytes(step.dtype, step.head_size), heads * row, row};
 }
 
 void copy_all(const LayerStep& step, const std::vector<SnapshotCopy>& copies) {
@@ -53,8 +76,10 @@ void attend(const LayerStep& step, const Kernels& kernels, int first, int last) 
 
 }  // namespace
 
-void run_step(const LayerStep& step, const Kernels& kernels, unsigned phases, int first, int last,
+void run_step(const LayerStep& given, const Kernels& kernels, unsigned phases, int first, int last,
               const std::vector<SnapshotCopy>& copies) {
+    LayerStep step = given;
+    if (is_quantised(step.dtype)) quantise(step, kernels);
     if (phases & WRITE_RETRIEVAL) write(step, step.classes[0]);
     if (phases & COPY_SNAPSHOTS) copy_all(step, copies);
     if (phases & ATTEND) attend(step, kernels, first, last);

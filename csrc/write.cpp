@@ -10,14 +10,14 @@ namespace {
 
 void copy_token(const LayerStep& step, int64_t token, int kv_head, char* to) {
     const int64_t size = element_bytes(step.dtype);
-    const int64_t bytes = size * step.head_size;
+    const int64_t bytes = number_bytes(step.dtype, step.head_size);
     const Rows& key = step.key;
     const Rows& value = step.value;
     std::memcpy(to, key.data + size * (token * key.token_stride + kv_head * key.head_stride),
                 bytes);
     std::memcpy(to + bytes,
                 value.data + size * (token * value.token_stride + kv_head * value.head_stride),
-                bytes);
+                bytes + scale_bytes(step.dtype));
 }
 
 // Whether a later query can still see a position once the request has `seq_len` tokens. Of two
@@ -29,11 +29,11 @@ bool is_kept(const HeadClass& heads, int64_t position, int64_t seq_len) {
 void copy_block(const LayerStep& step, const HeadClass& heads, int head, int64_t from, int64_t to) {
     const Cache& cache = heads.cache;
     const int64_t size = element_bytes(step.dtype);
-    const int64_t slot_bytes = size * 2 * step.head_size;
+    const int64_t slot_bytes = row_bytes(step.dtype, step.head_size);
     const auto address = [&](int64_t block) {
         return cache.data + size * (block * cache.block_stride + head * cache.head_stride);
     };
-    if (cache.slot_stride == 2 * step.head_size) {
+    if (size * cache.slot_stride == slot_bytes) {
         std::memcpy(address(to), address(from), slot_bytes * heads.table.block_size);
         return;
     }

@@ -1,6 +1,6 @@
 """The oracle: an eager transformers forward in float32 with the rule as a mask per KV head.
 
-Written without the package's operators. Source of the rule: docs/design.md, section "The rule".
+Written without the package's operators but those that say what a quantised cache keeps. Source of the rule: docs/design.md, section "The rule".
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
+
+from vllm_duo.ops.quantise import dequantise, quantise
 
 
 def _rule(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -23,6 +25,9 @@ def _rule(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwa
     window = causal & ((j < module.duo_sink) | (j > i - module.duo_recent))
     mask = torch.where(torch.as_tensor(retrieval)[:, None, None], causal, window)  # [Hkv, n, n]
     mask = mask.repeat_interleave(group, 0)
+    if module.duo_form is not None:
+        kept = quantise(key.transpose(1, 2), value.transpose(1, 2), module.duo_form)
+        key, value = (t.transpose(1, 2).float() for t in dequantise(kept, module.duo_form))
     key = key[0].repeat_interleave(group, 0)
     value = value[0].repeat_interleave(group, 0)
     logits = (query[0] @ key.mT) * scaling
@@ -48,18 +53,23 @@ class Oracle:
         retrieval: [layers, Hkv] bool.
         sink_size: tokens.
         recent_size: tokens.
+        form: of a quantised cache, whose numbers it computes with; None: keys and values as they are.
     """
 
-    def __init__(self, model: Path | str, retrieval, sink_size: int, recent_size: int) -> None:
+    def __init__(
+        self, model: Path | str, retrieval, sink_size: int, recent_size: int, form=None
+    ) -> None:
         self.model = _load(str(model))
         self.retrieval = np.asarray(retrieval, dtype=bool)
         self.sizes = (sink_size, recent_size)
+        self.form = form
 
     @torch.inference_mode()
     def logprobs(self, token_ids) -> torch.Tensor:
         """[n, vocabulary] log-probabilities after each of the n tokens."""
         for layer, retrieval in zip(self.model.model.layers, self.retrieval, strict=True):
             layer.self_attn.duo_retrieval = retrieval
+            layer.self_attn.duo_form = self.form
             layer.self_attn.duo_sink, layer.self_attn.duo_recent = self.sizes
         logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
         return logits.float().log_softmax(-1)

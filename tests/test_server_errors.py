@@ -138,9 +138,14 @@ REFUSED_SETTINGS = {
         "speculative decoding: not tested yet, remove --speculative-config",
         {"speculative_config": NGRAM},
     ),
-    "quantised KV cache": (
-        "--kv-cache-dtype fp8: quantised caches are not tested yet, use auto",
-        {"kv_cache_dtype": "fp8"},
+    "quantised KV cache, other formats": (
+        "--kv-cache-dtype nvfp4: use one of auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2, "
+        "fp8_per_token_head, int8_per_token_head, int4_per_token_head",
+        {"kv_cache_dtype": "nvfp4"},
+    ),
+    "quantised KV cache, some layers": (
+        "--kv-cache-dtype-skip-layers: all layers' caches are of one type",
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
     ),
     "KV cache in another float type than the model": (
         "--kv-cache-dtype bfloat16 for a model in float32: use auto",
@@ -274,11 +279,11 @@ class TestRefusals:
         assert reason.endswith("not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0")
 
     def test_every_reason_is_told_at_once(self, serve):
-        reasons = reasons_of(serve, MISTRAL, pipeline_parallel_size=2, kv_cache_dtype="fp8")
+        reasons = reasons_of(serve, MISTRAL, pipeline_parallel_size=2, kv_cache_dtype="nvfp4")
         assert [reason.split(":")[0] for reason in reasons] == [
             WINDOW,
             "--pipeline-parallel-size 2",
-            "--kv-cache-dtype fp8",
+            "--kv-cache-dtype nvfp4",
         ]
 
     def test_they_come_before_a_missing_pattern(self, serve):

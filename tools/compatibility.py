@@ -71,7 +71,11 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "bfloat16, whole models": "",
         "float16, whole models": "",
         "KV cache in another float type than the model": "",
-        "quantised KV cache": "`--kv-cache-dtype fp8` and the like",
+        "quantised KV cache, fp8": "`fp8`, `fp8_e5m2`, `fp8_per_token_head` ([how](quantised-kv.md))",
+        "quantised KV cache, int8": "`int8_per_token_head`",
+        "quantised KV cache, int4": "`int4_per_token_head`",
+        "quantised KV cache, other formats": "`nvfp4`, `turboquant_...`, `ultraquant_4bit`",
+        "quantised KV cache, some layers": "`--kv-cache-dtype-skip-layers`",
         "quantised KV cache, by the checkpoint": "`kv_cache_scheme`",
     },
     "Engine": {

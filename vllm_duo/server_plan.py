@@ -79,6 +79,7 @@ class ServerPlan:
         *,
         head_size: int,
         dtype_bytes: int,
+        row_bytes: int | None = None,
         block_size: int,
         max_model_len: int,
     ) -> Layout:
@@ -90,6 +91,7 @@ class ServerPlan:
         Args:
             head_size: D.
             dtype_bytes: bytes of a cache element.
+            row_bytes: bytes of a token in one KV head of a quantised cache.
             block_size: tokens of a retrieval block, vLLM's ``--block-size``.
             max_model_len: longest request, in tokens.
 
@@ -101,6 +103,7 @@ class ServerPlan:
                 self.resolved.selection.retrieval.tolist(),
                 head_size=head_size,
                 dtype_bytes=dtype_bytes,
+                row_bytes=row_bytes,
                 tensor_parallel_size=self.tensor_parallel_size,
             ),
             block_size=block_size,

@@ -6,14 +6,27 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.model_facts import ModelFacts, model_refusals
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
+    from vllm.config.cache import CacheDType
 
-UNQUANTISED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+UNQUANTISED_CACHE_DTYPES: tuple[CacheDType, ...] = ("auto", "float16", "bfloat16")
 """vLLM's names for KV caches of the model's own kind of numbers."""
+
+CACHE_DTYPES: tuple[CacheDType, ...] = (
+    *UNQUANTISED_CACHE_DTYPES,
+    "fp8",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "fp8_per_token_head",
+    "int8_per_token_head",
+    "int4_per_token_head",
+)
+"""The same with the quantised ones that duo serves (``kv_cache/formats.py``)."""
 
 
 def refusals(vllm_config: VllmConfig) -> list[str]:
@@ -121,9 +134,9 @@ def facts_of(model: ModelConfig) -> ModelFacts:
 
 def cache_dtype_refusal(cache_dtype: str, model_dtype: str) -> str | None:
     """Why a KV cache of this type cannot be served, if so; both are vLLM's names."""
-    if cache_dtype not in UNQUANTISED_CACHE_DTYPES:
-        return f"--kv-cache-dtype {cache_dtype}: quantised caches are not tested yet, use auto"
-    if cache_dtype not in ("auto", model_dtype):
+    if cache_dtype not in CACHE_DTYPES:
+        return f"--kv-cache-dtype {cache_dtype}: use one of {', '.join(CACHE_DTYPES)}"
+    if cache_dtype not in ("auto", model_dtype, *FORMATS):
         return f"--kv-cache-dtype {cache_dtype} for a model in {model_dtype}: use auto"
     return None
 
@@ -159,6 +172,18 @@ def _tensor_parallelism(vllm_config: VllmConfig) -> Iterator[str]:
         yield f"--distributed-executor-backend {backend}: not tested yet, use mp"
 
 
+def _quantised_cache(cache: CacheConfig) -> Iterator[str]:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        yield (
+            f"--kv-cache-dtype {cache.cache_dtype}: this release's GPU kernels do not read quantised "
+            "caches, use auto"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        yield "--kv-cache-dtype-skip-layers: all layers' caches are of one type"
+
+
 def _features(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
     if vllm_config.speculative_config is not None:
@@ -174,6 +199,8 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
     if reason := cache_dtype_refusal(cache.cache_dtype, model_dtype):
         yield reason
+    elif cache.cache_dtype in FORMATS:
+        yield from _quantised_cache(cache)
     if cache.kv_sharing_fast_prefill:
         yield "--kv-sharing-fast-prefill"
     if cache.kv_offloading_size is not None:

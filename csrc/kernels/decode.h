@@ -2,7 +2,7 @@
 // of its KV head and for all the request's queries.
 #pragma once
 
-#include "elements.h"
+#include "activations.h"
 #include "keys.h"
 
 namespace duo {
@@ -32,7 +32,7 @@ struct ReadAhead {
     // The share of one chunk of one key or value.
     template <typename T>
     DUO_INLINE void chunk(int c) {
-        constexpr int bytes = CHUNK * static_cast<int>(sizeof(T));
+        constexpr int bytes = CHUNK_OF<T> * static_cast<int>(sizeof(T));
         if (bytes >= 64 || c * bytes % 64 == 0) {
             __builtin_prefetch(at);
             at += 64;
@@ -57,7 +57,7 @@ DUO_INLINE Vec score_keys(const float* query, HeadChunks chunks, const T* const*
             for (int r = 0; r < R; ++r) q[r] = load_chunk(query + r * padded + c * CHUNK);
 #pragma GCC unroll 16
             for (int i = 0; i < K; ++i) {
-                const Chunk x = load_keys(key[i] + c * CHUNK);
+                const Chunk x = load_keys(key[i] + c * CHUNK_OF<T>);
                 if (Ahead) ahead.chunk<T>(c);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
@@ -69,7 +69,7 @@ DUO_INLINE Vec score_keys(const float* query, HeadChunks chunks, const T* const*
             Chunk x[K];
 #pragma GCC unroll 16
             for (int i = 0; i < K; ++i) {
-                x[i] = load_keys(key[i] + c * CHUNK);
+                x[i] = load_keys(key[i] + c * CHUNK_OF<T>);
                 if (Ahead) ahead.chunk<T>(c);
             }
 #pragma GCC unroll 16
@@ -130,7 +130,7 @@ DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhea
         Chunk x[C];
 #pragma GCC unroll 16
         for (int c = 0; c < C; ++c) {
-            const T* at = value[k] + (chunk + c) * CHUNK;
+            const T* at = value[k] + (chunk + c) * CHUNK_OF<T>;
             x[c] = Half ? load_half_chunk(at) : load_chunk(at);
             if (Ahead) ahead.chunk<T>(C == 1 ? 0 : c);
         }
@@ -157,12 +157,12 @@ template <typename T, int R, bool Ahead>
 DUO_INLINE void apply_tile(const float* score, const T* const* value, ReadAhead& ahead,
                            HeadChunks chunks, float* values) {
     constexpr int C = 4 / R;
-    constexpr int chunk_bytes = CHUNK * static_cast<int>(sizeof(T));
+    constexpr int chunk_bytes = CHUNK_OF<T> * static_cast<int>(sizeof(T));
     const int64_t padded = chunks.padded();
     int c = 0;
     for (; c + C <= chunks.full; c += C) {
-        // Where several chunks share a line, one of them asks for it.
-        if (!Ahead || (C == 1 && chunk_bytes < 64 && c * chunk_bytes % 64)) {
+        // Where several steps share a line, one of them asks for it.
+        if (!Ahead || (C * chunk_bytes < 64 && c * chunk_bytes % 64)) {
             apply_chunks<T, R, C, false, false>(score, value, ahead, c, values, padded);
         } else {
             apply_chunks<T, R, C, false, true>(score, value, ahead, c, values, padded);
@@ -176,8 +176,32 @@ DUO_INLINE void apply_tile(const float* score, const T* const* value, ReadAhead&
     }
 }
 
+// Scales of a tile's keys and values.
+struct TileScales {
+    float key[TILE];
+    float value[TILE];
+};
+
+template <typename T>
+DUO_INLINE void load_tile_scales(const KeyBlock<T, TILE>& tile, int64_t bytes, TileScales& scales) {
+    for (int k = 0; k < TILE; ++k) {
+        const Scales own = load_scales(tile.value[k], bytes);
+        scales.key[k] = own.key;
+        scales.value[k] = own.value;
+    }
+}
+
+DUO_INLINE void scale_scores(const TileScales& scales, DecodeRows& rows) {
+    for (int r = 0; r < rows.rows; ++r) {
+        float* score = rows.score + r * TILE;
+        for (int k = 0; k < TILE; k += LANES)
+            store(score + k, load(score + k) * load(scales.key + k));
+    }
+}
+
 // Turns the scores of one row into weights; where they pass its maximum, its sums follow.
-DUO_INLINE void weigh_row(DecodeRows& rows, int r) {
+// `value_scale`: what the weights are to be multiplied with in the end, or null.
+DUO_INLINE void weigh_row(DecodeRows& rows, int r, const float* value_scale) {
     float* score = rows.score + r * TILE;
     float* sum = rows.sum + r * LANES;
     Vec most = load(score);
@@ -196,7 +220,7 @@ DUO_INLINE void weigh_row(DecodeRows& rows, int r) {
     Vec total = load(sum);
     for (int k = 0; k < TILE; k += LANES) {
         const Vec weight = exp2_nonpositive(load(score + k) - base);
-        store(score + k, weight);
+        store(score + k, value_scale ? weight * load(value_scale + k) : weight);
         total += weight;
     }
     store(sum, total);
@@ -250,16 +274,14 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     rows.values = whole ? rows.max + rows.rows : item.partial + 2 * rows.rows;
 
     const int64_t kv_head = heads.heads[item.head];
-    const auto row_address = [&](const Rows& tensor, int r) {
-        const int64_t token = request.first_token + r / step.group;
-        const int64_t head = kv_head * step.group + r % step.group;
-        return reinterpret_cast<T*>(tensor.data) + token * tensor.token_stride +
-               head * tensor.head_stride;
+    const auto address = [&](const Rows& tensor, int r) {
+        return row_address(tensor, step.activations, request.first_token + r / step.group,
+                           kv_head * step.group + r % step.group);
     };
     constexpr float log2e = 1.44269504088896340736f;
     for (int r = 0; r < rows.rows; ++r) {
-        load_row(row_address(step.query, r), rows.chunks, step.scale * log2e,
-                 rows.query + r * padded);
+        load_activations<T>(step, address(step.query, r), rows.chunks,
+                            step.scale * step.key_scale * UNIT<T> * log2e, rows.query + r * padded);
         rows.max[r] = -__builtin_inff();
     }
     std::memset(rows.sum, 0, rows.rows * LANES * sizeof(float));
@@ -267,6 +289,8 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
 
     KeyWalk walk({step, heads, request, item.head, item.request}, item.begin, item.end);
     KeyBlock<T, TILE> tiles[2];
+    const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
+    TileScales scales;
     walk.fill(tiles[0]);
     for (int turn = 0; tiles[turn & 1].count; ++turn) {
         KeyBlock<T, TILE>& tile = tiles[turn & 1];
@@ -287,8 +311,12 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
                 score_tile<T, R, false>(query, rows.chunks, tile.key, ahead, score);
             }
         });
+        if (scaled) {
+            load_tile_scales(tile, number_bytes(step.dtype, step.head_size), scales);
+            scale_scores(scales, rows);
+        }
         hide_keys(heads, request, step.group, tile, rows);
-        for (int r = 0; r < rows.rows; ++r) weigh_row(rows, r);
+        for (int r = 0; r < rows.rows; ++r) weigh_row(rows, r, scaled ? scales.value : nullptr);
         for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
             const float* score = rows.score + r * TILE;
             float* values = rows.values + r * padded;
@@ -302,8 +330,8 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     for (int r = 0; r < rows.rows; ++r) {
         const float total = sum(load(rows.sum + r * LANES));
         if (whole) {
-            store_row(rows.values + r * padded, rows.chunks, 1.0f / total,
-                      row_address(step.output, r));
+            store_activations<T>(rows.values + r * padded, rows.chunks,
+                                 step.value_scale * UNIT<T> / total, step, address(step.output, r));
         } else {
             item.partial[rows.rows + r] = total;
         }
@@ -338,9 +366,8 @@ void merge_items(const LayerStep& step, const Item* items, int count) {
         }
         const int64_t token = request.first_token + r / step.group;
         const int64_t head = heads.heads[items->head] * int64_t{step.group} + r % step.group;
-        T* to = reinterpret_cast<T*>(step.output.data) + token * step.output.token_stride +
-                head * step.output.head_stride;
-        store_row(values, chunks, 1.0f / sum, to);
+        store_activations<T>(values, chunks, step.value_scale * UNIT<T> / sum, step,
+                             row_address(step.output, step.activations, token, head));
     }
 }
 

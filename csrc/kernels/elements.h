@@ -1,9 +1,9 @@
 // Cache elements to floats and back, two vectors at a time.
 //
-// A *chunk* is 2 * LANES consecutive elements, held as two vectors. For bf16 these are the even and
-// the odd elements: two instructions turn one load into both. The order within a chunk is therefore
-// the dtype's own ("chunk order"); queries, keys, values and sums all use it and only store_chunk
-// undoes it, so nobody ever needs to know it.
+// A *chunk* is 2 * LANES consecutive elements, held as two vectors. For bf16 and 4-bit integers
+// these are the even and the odd elements: two instructions turn one load into both. The order
+// within a chunk is therefore the dtype's own ("chunk order"); queries, keys, values and sums all
+// use it and only who stores undoes it, so nobody else ever needs to know it.
 #pragma once
 
 #include "vec.h"
@@ -11,14 +11,54 @@
 namespace duo {
 namespace {
 
+constexpr int CHUNK = 2 * LANES;
+
 struct BFloat16 {
     uint16_t bits;
 };
 struct Float16 {
     uint16_t bits;
 };
+// BFloat16 whose chunk order is that of the elements, for activations beside quantised caches.
+struct OrderedBFloat16 {
+    uint16_t bits;
+};
+// Quantised: a sign, 4 or 5 bits of exponent and 3 or 2 of mantissa; or an integer.
+struct Float8E4M3 {
+    uint8_t bits;
+};
+struct Float8E5M2 {
+    uint8_t bits;
+};
+struct Int8 {
+    int8_t bits;
+};
+// Two integers: an even element in the low bits, the next one in the high bits.
+struct Int4Pair {
+    uint8_t bits;
+};
 
-constexpr int CHUNK = 2 * LANES;
+template <typename T>
+constexpr bool IS_QUANTISED = sizeof(T) == 1;
+
+// What numbers as they are loaded must be multiplied with: those of Float8E4M3 are loaded as halves
+// of the same bits, whose exponents' bias differs by 8.
+template <typename T>
+constexpr float UNIT = 1.0f;
+template <>
+constexpr float UNIT<Float8E4M3> = 256.0f;
+
+// Whether keys and values are rotated before they become T (rotate.h).
+template <typename T>
+constexpr bool IS_ROTATED = false;
+template <>
+constexpr bool IS_ROTATED<Int4Pair> = true;
+
+// Objects of type T in a chunk.
+template <typename T>
+constexpr int CHUNK_OF = CHUNK;
+template <>
+constexpr int CHUNK_OF<Int4Pair> = CHUNK / 2;
 
 struct Chunk {
     Vec a, b;
@@ -85,6 +125,42 @@ DUO_INLINE Chunk load_chunk(const Float16* from) {
             half_to_float(*reinterpret_cast<const VecHalfAny*>(from + LANES))};
 }
 
+DUO_INLINE Vec load_ordered(const OrderedBFloat16* from) {
+    const VecHalf halves = *reinterpret_cast<const VecHalfAny*>(from);
+    return (Vec)(__builtin_convertvector(halves, VecBits) << 16);
+}
+
+DUO_INLINE Vec load_ordered(const Float8E5M2* from) {
+    const VecByte bytes = *reinterpret_cast<const VecByteAny*>(from);
+    return half_to_float(__builtin_convertvector(bytes, VecHalf) << 8);
+}
+
+DUO_INLINE Vec load_ordered(const Float8E4M3* from) {
+    const VecByte bytes = *reinterpret_cast<const VecByteAny*>(from);
+    // The sign stays where the shift puts it, the rest moves down by one bit.
+    const VecShort high = (VecShort)(__builtin_convertvector(bytes, VecHalf) << 8);
+    const VecHalf half = (VecHalf)(high >> 1) & 0xbf80;
+    const VecHalf nan = (VecHalf)((half & 0x3f80) == 0x3f80);
+    return half_to_float(half | (nan & 0x7e00));
+}
+
+DUO_INLINE Vec load_ordered(const Int8* from) {
+    return __builtin_convertvector(
+        __builtin_convertvector(*reinterpret_cast<const VecSmallAny*>(from), VecInt), Vec);
+}
+
+template <typename T>
+DUO_INLINE Chunk load_chunk(const T* from) {
+    return {load_ordered(from), load_ordered(from + LANES)};
+}
+
+DUO_INLINE Chunk load_chunk(const Int4Pair* from) {
+    const VecByte bytes = *reinterpret_cast<const VecByteAny*>(from);
+    const VecInt pairs = (VecInt) __builtin_convertvector(bytes, VecBits);
+    return {__builtin_convertvector(pairs << 28 >> 28, Vec),
+            __builtin_convertvector(pairs << 24 >> 28, Vec)};
+}
+
 DUO_INLINE void store_chunk(float* to, Chunk c) {
     store(to, c.a);
     store(to + LANES, c.b);
@@ -95,6 +171,13 @@ DUO_INLINE void store_chunk(BFloat16* to, Chunk c) {
         (round_to_bfloat(c.b) & 0xffff0000u) | (round_to_bfloat(c.a) >> 16);
 }
 
+DUO_INLINE void store_chunk(OrderedBFloat16* to, Chunk c) {
+    *reinterpret_cast<VecHalfAny*>(to) =
+        __builtin_convertvector(round_to_bfloat(c.a) >> 16, VecHalf);
+    *reinterpret_cast<VecHalfAny*>(to + LANES) =
+        __builtin_convertvector(round_to_bfloat(c.b) >> 16, VecHalf);
+}
+
 DUO_INLINE void store_chunk(Float16* to, Chunk c) {
     *reinterpret_cast<VecHalfAny*>(to) = float_to_half(c.a);
     *reinterpret_cast<VecHalfAny*>(to + LANES) = float_to_half(c.b);
@@ -103,8 +186,8 @@ DUO_INLINE void store_chunk(Float16* to, Chunk c) {
 // The first half of a chunk's elements; the others are 0 (load) or left alone (store).
 template <typename T>
 DUO_INLINE Chunk load_half_chunk(const T* from) {
-    T padded[CHUNK] = {};
-    std::memcpy(padded, from, LANES * sizeof(T));
+    T padded[CHUNK_OF<T>] = {};
+    std::memcpy(padded, from, sizeof(padded) / 2);
     return load_chunk(padded);
 }
 
@@ -131,7 +214,7 @@ DUO_INLINE HeadChunks head_chunks(int head_size) {
 template <typename T>
 DUO_INLINE void load_row(const T* from, HeadChunks chunks, float factor, float* to) {
     for (int c = 0; c < chunks.all(); ++c) {
-        const T* at = from + c * CHUNK;
+        const T* at = from + c * CHUNK_OF<T>;
         const Chunk x = c < chunks.full ? load_chunk(at) : load_half_chunk(at);
         store(to + c * CHUNK, x.a * factor);
         store(to + c * CHUNK + LANES, x.b * factor);

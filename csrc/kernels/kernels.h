@@ -12,6 +12,8 @@ struct Kernels {
     void (*prefill)(const LayerStep& step, const Item& item, float* scratch);
     // Merges the partial results of one request and head into the output.
     void (*merge)(const LayerStep& step, const Item* items, int count);
+    // Quantises keys and values of the tokens [first, last) to rows of [T, heads, row_bytes].
+    void (*quantise)(const LayerStep& step, int heads, int64_t first, int64_t last, char* to);
     int64_t (*decode_scratch_floats)(int64_t rows, int head_size);
     int64_t (*prefill_scratch_floats)(int64_t rows, int head_size);
     int64_t (*partial_floats)(int64_t rows, int head_size);

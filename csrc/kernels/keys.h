@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../locate.h"
-#include "vec.h"
+#include "elements.h"
 
 namespace duo {
 namespace {
@@ -106,6 +106,18 @@ class KeyWalk {
     int64_t then_end_ = 0;
     KeyRun run_{};
 };
+
+// Scales of a token's keys and values, which follow its values.
+struct Scales {
+    float key, value;
+};
+
+// `bytes`: of the value's numbers.
+DUO_INLINE Scales load_scales(const void* value, int64_t bytes) {
+    Scales scales;
+    std::memcpy(&scales, static_cast<const char*>(value) + bytes, sizeof(scales));
+    return scales;
+}
 
 // The rule.
 DUO_INLINE bool sees(const HeadClass& heads, int64_t position, int64_t key) {

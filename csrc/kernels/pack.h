@@ -11,14 +11,16 @@ constexpr int PANEL = CHUNK;
 
 template <typename T>
 DUO_INLINE Chunk load_any_chunk(const T* row, int c, HeadChunks chunks) {
-    const T* at = row + c * CHUNK;
+    const T* at = row + c * CHUNK_OF<T>;
     return c < chunks.full ? load_chunk(at) : load_half_chunk(at);
 }
 
 // PANEL keys to [padded, PANEL]: element d of every key side by side. Missing keys become 0, so
 // that nothing unwritten is ever multiplied.
+// `scale`: of each key, or null.
 template <typename T>
-DUO_INLINE void pack_key_panel(const T* const* key, int count, HeadChunks chunks, float* to) {
+DUO_INLINE void pack_key_panel(const T* const* key, int count, HeadChunks chunks,
+                               const float* scale, float* to) {
     for (int half = 0; half < 2; ++half) {
         const int first = half * LANES;
         for (int c = 0; c < chunks.all(); ++c) {
@@ -27,8 +29,9 @@ DUO_INLINE void pack_key_panel(const T* const* key, int count, HeadChunks chunks
             for (int i = 0; i < LANES; ++i) {
                 const Chunk x =
                     first + i < count ? load_any_chunk(key[first + i], c, chunks) : Chunk{};
-                a[i] = x.a;
-                b[i] = x.b;
+                const float factor = IS_QUANTISED<T> && scale ? scale[first + i] : 1.0f;
+                a[i] = IS_QUANTISED<T> ? x.a * factor : x.a;
+                b[i] = IS_QUANTISED<T> ? x.b * factor : x.b;
             }
             transpose(a);
             transpose(b);
@@ -42,13 +45,15 @@ DUO_INLINE void pack_key_panel(const T* const* key, int count, HeadChunks chunks
     }
 }
 
-// `count` values to [chunks, count, PANEL].
+// `count` values to [chunks, count, PANEL]; `scale`: of each value, or null.
 template <typename T>
-DUO_INLINE void pack_values(const T* const* value, int count, HeadChunks chunks,
+DUO_INLINE void pack_values(const T* const* value, int count, HeadChunks chunks, const float* scale,
                             int64_t panel_floats, float* to) {
     for (int k = 0; k < count; ++k) {
         for (int c = 0; c < chunks.all(); ++c) {
-            store_chunk(to + c * panel_floats + k * PANEL, load_any_chunk(value[k], c, chunks));
+            Chunk x = load_any_chunk(value[k], c, chunks);
+            if (IS_QUANTISED<T> && scale) x = {x.a * scale[k], x.b * scale[k]};
+            store_chunk(to + c * panel_floats + k * PANEL, x);
         }
     }
 }

@@ -3,8 +3,10 @@
 // scores, weights and sums while they are in the first-level cache.
 #pragma once
 
+#include "activations.h"
 #include "gemm.h"
 #include "keys.h"
+#include "pack.h"
 
 namespace duo {
 namespace {
@@ -111,11 +113,10 @@ struct PrefillItem {
 
     int64_t position(int row) const { return request.context + first_token + row / step.group; }
 
-    T* address(const Rows& tensor, int row) const {
+    char* address(const Rows& tensor, int row) const {
         const int64_t token = request.first_token + first_token + row / step.group;
         const int64_t head = heads.heads[source.head] * int64_t{step.group} + row % step.group;
-        return reinterpret_cast<T*>(tensor.data) + token * tensor.token_stride +
-               head * tensor.head_stride;
+        return row_address(tensor, step.activations, token, head);
     }
 
     void load_queries() {
@@ -124,7 +125,8 @@ struct PrefillItem {
         for (int r = 0; r < whole_blocks(rows); ++r) {
             float* to = scratch.query + r / BLOCK_ROWS * BLOCK_ROWS * padded + r % BLOCK_ROWS;
             if (r < rows) {
-                load_row(address(step.query, r), chunks, step.scale * log2e, row);
+                load_activations<T>(step, address(step.query, r), chunks,
+                                    step.scale * step.key_scale * UNIT<T> * log2e, row);
             } else {
                 std::memset(row, 0, padded * sizeof(float));
             }
@@ -140,11 +142,20 @@ struct PrefillItem {
         keys.count = 0;
         source.append(keys, begin, end);
         const int64_t panel_floats = int64_t{TILE_KEYS} * PANEL;
+        float scales[2][TILE_KEYS] = {};
+        const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
+        for (int k = 0; scaled && k < keys.count; ++k) {
+            const Scales own = load_scales(keys.value[k], number_bytes(step.dtype, step.head_size));
+            scales[0][k] = own.key;
+            scales[1][k] = own.value;
+        }
         for (int p = 0; p * PANEL < keys.count; ++p) {
             pack_key_panel(keys.key + p * PANEL, keys.count - p * PANEL, chunks,
+                           scaled ? scales[0] + p * PANEL : nullptr,
                            scratch.key + p * PANEL * padded);
         }
-        pack_values(keys.value, keys.count, chunks, panel_floats, scratch.value);
+        pack_values(keys.value, keys.count, chunks, scaled ? scales[1] : nullptr, panel_floats,
+                    scratch.value);
         for (int r = 0; r < rows; r += BLOCK_ROWS) add_block(r, begin, keys.count, recent);
     }
 
@@ -191,8 +202,9 @@ struct PrefillItem {
             }
         }
         for (int r = 0; r < rows; ++r) {
-            store_row(scratch.output + int64_t{r} * padded, chunks, 1.0f / scratch.sum[r],
-                      address(step.output, r));
+            store_activations<T>(scratch.output + int64_t{r} * padded, chunks,
+                                 step.value_scale * UNIT<T> / scratch.sum[r], step,
+                                 address(step.output, r));
         }
     }
 };

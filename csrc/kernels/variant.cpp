@@ -3,34 +3,45 @@
 #include "decode.h"
 #include "kernels.h"
 #include "prefill.h"
+#include "quantise.h"
 
 namespace duo {
 namespace {
 
-// Calls Template<T> for the caches' dtype.
-#define DUO_BY_DTYPE(function)                              \
-    switch (step.dtype) {                                   \
-        case Dtype::f32:                                    \
-            return function<float>(step, item, scratch);    \
-        case Dtype::bf16:                                   \
-            return function<BFloat16>(step, item, scratch); \
-        case Dtype::f16:                                    \
-            return function<Float16>(step, item, scratch);  \
+// Calls function<T>(...) for the caches' dtype.
+#define DUO_BY_DTYPE(function, ...)                   \
+    switch (step.dtype) {                             \
+        case Dtype::f32:                              \
+            return function<float>(__VA_ARGS__);      \
+        case Dtype::bf16:                             \
+            return function<BFloat16>(__VA_ARGS__);   \
+        case Dtype::f16:                              \
+            return function<Float16>(__VA_ARGS__);    \
+        case Dtype::e4m3:                             \
+        case Dtype::scaled_e4m3:                      \
+            return function<Float8E4M3>(__VA_ARGS__); \
+        case Dtype::e5m2:                             \
+            return function<Float8E5M2>(__VA_ARGS__); \
+        case Dtype::scaled_i8:                        \
+            return function<Int8>(__VA_ARGS__);       \
+        case Dtype::scaled_i4:                        \
+            return function<Int4Pair>(__VA_ARGS__);   \
     }
 
-void decode(const LayerStep& step, const Item& item, float* scratch) { DUO_BY_DTYPE(decode_item) }
+void decode(const LayerStep& step, const Item& item, float* scratch) {
+    DUO_BY_DTYPE(decode_item, step, item, scratch)
+}
 
-void prefill(const LayerStep& step, const Item& item, float* scratch) { DUO_BY_DTYPE(prefill_item) }
+void prefill(const LayerStep& step, const Item& item, float* scratch) {
+    DUO_BY_DTYPE(prefill_item, step, item, scratch)
+}
 
 void merge(const LayerStep& step, const Item* items, int count) {
-    switch (step.dtype) {
-        case Dtype::f32:
-            return merge_items<float>(step, items, count);
-        case Dtype::bf16:
-            return merge_items<BFloat16>(step, items, count);
-        case Dtype::f16:
-            return merge_items<Float16>(step, items, count);
-    }
+    DUO_BY_DTYPE(merge_items, step, items, count)
+}
+
+void quantise(const LayerStep& step, int heads, int64_t first, int64_t last, char* to) {
+    quantise_tokens(step, heads, first, last, to);
 }
 
 int64_t decode_floats(int64_t rows, int head_size) {
@@ -54,7 +65,8 @@ int64_t partials(int64_t rows, int head_size) {
 
 extern const Kernels DUO_SYMBOL_OF(DUO_VARIANT);
 const Kernels DUO_SYMBOL_OF(DUO_VARIANT) = {
-    DUO_NAME_OF(DUO_VARIANT), decode, prefill, merge, decode_floats, prefill_floats, partials,
+    DUO_NAME_OF(DUO_VARIANT), decode,   prefill, merge, quantise, decode_floats,
+    prefill_floats,           partials,
 };
 
 }  // namespace duo

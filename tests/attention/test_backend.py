@@ -52,7 +52,7 @@ def test_vllms_wrapped_layers_are_refused():
         ({"logits_soft_cap": 30.0}, "soft-capped logits"),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "attention type"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "another layer's KV cache"),
-        ({"kv_cache_dtype": "fp8"}, "a fp8 KV cache"),
+        ({"kv_cache_dtype": "nvfp4"}, "a nvfp4 KV cache"),
         ({"sinks": object()}, "the argument sinks"),
     ],
 )

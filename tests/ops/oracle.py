@@ -6,6 +6,7 @@ oracle sees whole sequences.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,6 +68,8 @@ class Store:
         dtype=torch.float32,
         seed,
         draft_size=0,
+        form=None,
+        scales=(1.0, 1.0),
     ):
         rng = np.random.default_rng(seed)
         retrieval = np.asarray(retrieval, dtype=bool)
@@ -89,7 +92,11 @@ class Store:
         )
 
         def cache(blocks, heads, size):
-            return torch.full((blocks, heads, size, 2 * head_size), torch.nan, dtype=dtype)
+            if form is None:
+                return torch.full((blocks, heads, size, 2 * head_size), torch.nan, dtype=dtype)
+            # Ones everywhere are NaN in float8, and in the scales of integers.
+            shape = (blocks, heads, size, form.row_bytes(head_size))
+            return torch.full(shape, 255, dtype=torch.uint8)
 
         self.caches = LayerCaches(
             retrieval=cache(2 * requests * width + 1, num_r, block_size) if num_r else None,
@@ -98,6 +105,9 @@ class Store:
             if num_s
             else None,
             ring=self.ring if num_s else None,
+            form=form,
+            key_scale=scales[0],
+            value_scale=scales[1],
         )
 
     def assert_guards(self):
@@ -110,7 +120,7 @@ class Store:
                 continue
             guard = torch.ones(len(cache), dtype=torch.bool)
             guard[table.block_table.flatten().long()] = False
-            assert cache[guard].isnan().all()
+            assert (cache[guard].isnan() if self.caches.form is None else cache[guard] == 255).all()
 
 
 def contiguous(tensor):
@@ -164,12 +174,11 @@ def run_step(
     lens = [sequences[i].done + chunks[i] for i in order]
     batch = Batch.from_host(starts, lens, num_decodes)
     rows = torch.tensor([i if rows is None else rows[i] for i in order])
-    caches = LayerCaches(
-        retrieval=store.caches.retrieval,
+    caches = dataclasses.replace(
+        store.caches,
         paged=PagedTable(store.paged.block_table[rows], store.paged.block_size)
         if store.caches.paged is not None
         else None,
-        streaming=store.caches.streaming,
         ring=RingTable(
             store.ring.block_table[rows],
             store.ring.block_size,

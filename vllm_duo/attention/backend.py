@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.model_facts import HEAD_SIZES
+from vllm_duo.support import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -37,7 +38,7 @@ class DuoAttentionBackend(AttentionBackend):
         )
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = list(CACHE_DTYPES)
     forward_includes_kv_cache_update = True
 
     @staticmethod

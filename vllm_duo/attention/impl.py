@@ -22,11 +22,12 @@ from vllm_duo.attention.specs import (
     streaming_spec,
     unused_spec,
 )
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.logging import get_logger
 from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.layer import attend_and_write
-from vllm_duo.support import UNQUANTISED_CACHE_DTYPES
+from vllm_duo.support import CACHE_DTYPES
 
 if TYPE_CHECKING:
     from vllm_duo.server_plan import ServerPlan
@@ -63,7 +64,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             f"attention type {attn_type}": attn_type != AttentionType.DECODER,
             "another layer's KV cache": kv_sharing_target_layer_name is not None,
             # A checkpoint may bring its own KV scheme, which vLLM applies layer by layer.
-            f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in UNQUANTISED_CACHE_DTYPES,
+            f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in CACHE_DTYPES,
             **{f"the argument {name}": value is not None for name, value in extra.items()},
         }
         reasons = [name for name, present in unsupported.items() if present]
@@ -77,6 +78,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.form = FORMATS.get(kv_cache_dtype)
         self.vllm_config = get_current_vllm_config()
         self._check_heads(plan_of(self.vllm_config))
         self.layer_name: str | None = None
@@ -162,7 +164,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         if attn_metadata is None:
             return output.zero_()
         assert self.heads is not None, "customize_spec checks that heads were split"
-        caches = self._caches(kv_cache, attn_metadata)
+        caches = self._caches(layer, kv_cache, attn_metadata)
         batch = attn_metadata.batch
         attend_and_write(
             query,
@@ -193,16 +195,24 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             "(pattern=...); models whose layers differ in their KV heads are not supported"
         )
 
-    def _caches(self, kv_cache: torch.Tensor, own: DuoMetadata) -> LayerCaches:
+    def _caches(
+        self, layer: torch.nn.Module, kv_cache: torch.Tensor, own: DuoMetadata
+    ) -> LayerCaches:
+        quantised: dict[str, Any] = {}
+        if self.form is not None:
+            quantised = {"form": self.form}
+            if not self.form.token_scales:
+                quantised["key_scale"] = layer._k_scale_float
+                quantised["value_scale"] = layer._v_scale_float
         if isinstance(own.table, RingTable):
-            return LayerCaches(streaming=kv_cache, ring=own.table)
+            return LayerCaches(streaming=kv_cache, ring=own.table, **quantised)
         if self.sibling is None:
-            return LayerCaches(retrieval=kv_cache, paged=own.table)
+            return LayerCaches(retrieval=kv_cache, paged=own.table, **quantised)
         assert self.layer_name is not None
         by_layer = get_forward_context().attn_metadata
         ring = by_layer[self.layer_name + SUFFIX].table
         assert isinstance(own.table, PagedTable)
-        return LayerCaches(kv_cache, own.table, self.sibling.kv_cache, ring)
+        return LayerCaches(kv_cache, own.table, self.sibling.kv_cache, ring, **quantised)
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import get_dtype_size
+from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.kv_cache.tensor_parallel import rank_caches
 from vllm_duo.server_plan import ServerPlan, resolve_plan
@@ -23,6 +25,7 @@ class CachedLayer(Protocol):
     """What the specs need of vLLM's ``Attention``."""
 
     head_size: int
+    kv_cache_dtype: str
     kv_cache_torch_dtype: torch.dtype
 
 
@@ -50,6 +53,7 @@ def retrieval_spec(layer: CachedLayer, heads: int, vllm_config: VllmConfig) -> R
         num_kv_heads=heads,
         head_size=layer.head_size,
         dtype=layer.kv_cache_torch_dtype,
+        **_quantised(layer),
     )
 
 
@@ -64,6 +68,7 @@ def streaming_spec(
         num_kv_heads=heads,
         head_size=layer.head_size,
         dtype=layer.kv_cache_torch_dtype,
+        **_quantised(layer),
         sink_size=layout.span.sink_size,
         recent_size=layout.span.recent_size,
         draft_size=layout.span.draft_size,
@@ -87,10 +92,23 @@ def unused_spec(
     return retrieval_spec(layer, caches.retrieval[index], vllm_config)
 
 
+def _quantised(layer: CachedLayer) -> dict[str, Any]:
+    """What vLLM's specs say of a quantised cache: how, and the bytes of a token in one head."""
+    form = FORMATS.get(layer.kv_cache_dtype)
+    if form is None:
+        return {}
+    return {
+        "kv_quant_mode": get_kv_quant_mode(layer.kv_cache_dtype),
+        "state_content_bytes": form.row_bytes(layer.head_size),
+    }
+
+
 def _layout(layer: CachedLayer, vllm_config: VllmConfig) -> Layout:
+    form = FORMATS.get(layer.kv_cache_dtype)
     return plan_of(vllm_config).layout(
         head_size=layer.head_size,
         dtype_bytes=get_dtype_size(layer.kv_cache_torch_dtype),
+        row_bytes=form.row_bytes(layer.head_size) if form else None,
         block_size=vllm_config.cache_config.block_size,
         max_model_len=vllm_config.model_config.max_model_len,
     )

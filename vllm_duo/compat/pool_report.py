@@ -84,6 +84,7 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     layout = plan.layout(
         head_size=spec.head_size,
         dtype_bytes=spec.dtype.itemsize,
+        row_bytes=spec.state_content_bytes,
         block_size=spec.block_size,
         max_model_len=longest,
     )

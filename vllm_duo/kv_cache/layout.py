@@ -129,12 +129,14 @@ class KVShape:
         streaming_heads: ``S`` of each layer; as long as ``retrieval_heads``.
         head_size: ``D``, in elements.
         dtype_bytes: bytes of one cache element.
+        row_bytes: bytes of one token in one KV head of a quantised cache (``CacheFormat.row_bytes``).
     """
 
     retrieval_heads: tuple[int, ...]
     streaming_heads: tuple[int, ...]
     head_size: int
     dtype_bytes: int
+    row_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.retrieval_heads) != len(self.streaming_heads):
@@ -150,6 +152,7 @@ class KVShape:
         *,
         head_size: int,
         dtype_bytes: int,
+        row_bytes: int | None = None,
         tensor_parallel_size: int = 1,
     ) -> tuple[KVShape, ...]:
         """The shape of every rank, with the heads where vLLM puts them (``ranks.own_heads``).
@@ -158,6 +161,7 @@ class KVShape:
             retrieval: [L, Hkv], true for a retrieval head (``HeadSelection.retrieval``).
             head_size: ``D``, in elements.
             dtype_bytes: bytes of one cache element.
+            row_bytes: bytes of one token in one KV head of a quantised cache.
             tensor_parallel_size: ranks.
 
         Raises:
@@ -185,13 +189,19 @@ class KVShape:
                     streaming_heads=tuple(len(layer) - sum(layer) for layer in own),
                     head_size=head_size,
                     dtype_bytes=dtype_bytes,
+                    row_bytes=row_bytes,
                 )
             )
         return tuple(shapes)
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in one KV head."""
+        """Bytes of one token's keys, values and scales in one KV head.
+
+        Worked example: D = 128, bfloat16: 512 bytes. Quantised to a byte each, with two scales: 264.
+        """
+        if self.row_bytes is not None:
+            return self.row_bytes
         return 2 * self.head_size * self.dtype_bytes
 
     @property
@@ -381,6 +391,7 @@ class Layout:
                 streaming_heads=(0,) * len(rank.streaming_heads),
                 head_size=rank.head_size,
                 dtype_bytes=rank.dtype_bytes,
+                row_bytes=rank.row_bytes,
             )
             for rank in self.ranks
         )
@@ -470,7 +481,10 @@ def plan_layout(
 
 
 def _check_ranks(ranks: tuple[KVShape, ...]) -> None:
-    kinds = {(rank.head_size, rank.dtype_bytes, len(rank.retrieval_heads)) for rank in ranks}
+    kinds = {
+        (rank.head_size, rank.dtype_bytes, rank.row_bytes, len(rank.retrieval_heads))
+        for rank in ranks
+    }
     if len(kinds) != 1:
         raise ValueError(
             "expected one shape per rank, all of one head_size, dtype_bytes and number of layers, "

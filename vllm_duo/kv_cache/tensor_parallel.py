@@ -151,6 +151,7 @@ def replan(layout: Layout, retrieval: Iterable[Iterable[bool]], ranks: int) -> L
         retrieval,
         head_size=own.head_size,
         dtype_bytes=own.dtype_bytes,
+        row_bytes=own.row_bytes,
         tensor_parallel_size=ranks,
     )
     return plan_layout(

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vllm_duo.kv_cache.formats import CacheFormat
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 _Value = TypeVar("_Value")
@@ -204,13 +206,20 @@ class LayerCaches:
     """A layer's caches and tables; a class without heads in the layer has neither.
 
     Attributes:
-        retrieval: [N, R, P, 2 * D], keys in the first D elements, or None where R = 0.
+        retrieval: [N, R, P, 2 * D], keys in the first D elements, or None where R = 0. Quantised:
+            [N, R, P, ``form.row_bytes(D)``] of one byte each.
         paged: block table of ``retrieval``.
-        streaming: [N, S, P, 2 * D], keys in the first D elements, or None where S = 0.
+        streaming: [N, S, P, 2 * D], likewise, or None where S = 0.
         ring: block table of ``streaming``.
+        form: the format of quantised caches; None: they are of the keys' dtype.
+        key_scale: of the layer, where the format has no scales of its own.
+        value_scale: likewise.
     """
 
     retrieval: torch.Tensor | None = None
     paged: PagedTable | None = None
     streaming: torch.Tensor | None = None
     ring: RingTable | None = None
+    form: CacheFormat | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0

@@ -12,6 +12,7 @@ import weakref
 
 import torch
 
+from vllm_duo.kv_cache.formats import CacheFormat
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.validate import FULL_CHECKS
 
@@ -35,6 +36,14 @@ _DTYPES = {
     torch.float32: _cpu.FLOAT32,
     torch.bfloat16: _cpu.BFLOAT16,
     torch.float16: _cpu.FLOAT16,
+}
+
+_FORMATS = {
+    ("e4m3", False): _cpu.FP8_E4M3,
+    ("e5m2", False): _cpu.FP8_E5M2,
+    ("e4m3", True): _cpu.SCALED_FP8_E4M3,
+    ("int8", True): _cpu.SCALED_INT8,
+    ("int4", True): _cpu.SCALED_INT4,
 }
 
 _heads: weakref.WeakKeyDictionary[HeadMap, _cpu.Heads] = weakref.WeakKeyDictionary()
@@ -83,7 +92,7 @@ def run(
         "native",
         lambda: _cpu.Batch(batch.host_query_start_loc.tolist(), batch.host_seq_lens.tolist()),
     )
-    paged, ring = caches.paged, caches.ring
+    paged, ring, form = caches.paged, caches.ring, caches.form
     _cpu.run(
         phases,
         native_batch,
@@ -94,13 +103,16 @@ def run(
         None if output is None else _view("output", output),
         scale,
         *requests,
-        None if caches.retrieval is None else _view("retrieval cache", caches.retrieval),
+        None if caches.retrieval is None else _cache("retrieval cache", caches.retrieval, form),
         None if paged is None else batch.memo(("native", paged), lambda: _paged_table(paged)),
-        None if caches.streaming is None else _view("streaming cache", caches.streaming),
+        None if caches.streaming is None else _cache("streaming cache", caches.streaming, form),
         None if ring is None else batch.memo(("native", ring), lambda: _ring_table(ring)),
         None
         if ring is None or not ring.copies
         else batch.memo(("copies", ring), lambda: _copies(ring)),
+        _dtype("key", key) if form is None else _FORMATS[form.number, form.token_scales],
+        caches.key_scale,
+        caches.value_scale,
         FULL_CHECKS,
     )
 
@@ -136,13 +148,30 @@ def isa() -> str:
 
 def _view(name: str, tensor: torch.Tensor) -> _cpu.View:
     """Address, dtype, shape and strides: what the kernels need to know of a tensor."""
-    dtype = _DTYPES.get(tensor.dtype)
+    return tensor.data_ptr(), _dtype(name, tensor), tensor.shape, tensor.stride()
+
+
+def _cache(name: str, tensor: torch.Tensor, form: CacheFormat | None) -> _cpu.View:
+    """The same of a cache, whose bytes may mean other numbers than its dtype says."""
+    if form is None:
+        return _view(name, tensor)
+    if tensor.dtype not in (torch.uint8, torch.int8) or not tensor.is_cpu:
+        raise ValueError(
+            f"a quantised {name} must be uint8 or int8 on the CPU, got {tensor.dtype} on "
+            f"{tensor.device}"
+        )
+    code = _FORMATS[form.number, form.token_scales]
+    return tensor.data_ptr(), code, tensor.shape, tensor.stride()
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> int:
+    dtype: int | None = _DTYPES.get(tensor.dtype)
     if dtype is None or not tensor.is_cpu:
         raise ValueError(
             f"{name} must be float32, bfloat16 or float16 on the CPU for the CPU kernels, got "
             f"{tensor.dtype} on {tensor.device}: set VLLM_DUO_OPS=reference for other dtypes"
         )
-    return tensor.data_ptr(), dtype, tensor.shape, tensor.stride()
+    return dtype
 
 
 def _paged_table(table: PagedTable) -> _cpu.BlockTable:

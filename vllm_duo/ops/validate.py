@@ -33,6 +33,11 @@ def check_layer(
     Raises:
         ValueError: shapes, dtypes or devices disagree.
     """
+    if caches.form is not None:
+        raise ValueError(
+            f"the caches are quantised ({caches.form.number}), which only the compiled CPU kernels "
+            "read: serve with --kv-cache-dtype auto, or without VLLM_DUO_OPS=reference"
+        )
     if key.ndim != 3 or key.shape != value.shape or key.dtype != value.dtype:
         raise ValueError(
             "key and value must be [T, Hkv, D] of one dtype, got "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vllm_duo.config import SECTION
 from vllm_duo.kv_cache.capacity import Capacity
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.layout import Layout
 from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
@@ -19,7 +20,9 @@ DTYPES = {"half": "float16", "float": "float32"} | {
     name: name for name in ("float16", "bfloat16", "float32")
 }
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-CACHE_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+CACHE_DTYPES = ("float16", "bfloat16", *FORMATS)
+"""vLLM's ``--kv-cache-dtype`` that can be planned for, beside "auto"."""
+
 AUTO_DTYPE = "bfloat16"
 """What vLLM makes of a float32 checkpoint, or of one that does not say, with ``--dtype auto``."""
 
@@ -76,19 +79,22 @@ def plan_memory(request: PlanRequest) -> Plan:
         request.tensor_parallel_size,
     )
     dtype = _dtype(request, checkpoint)
-    cache_dtype = dtype if request.kv_cache_dtype == "auto" else request.kv_cache_dtype
+    form = FORMATS.get(request.kv_cache_dtype)
     longest = _model_length(request, checkpoint)
     layout = server.layout(
         head_size=facts.head_size,
-        dtype_bytes=(CACHE_DTYPE_BYTES | DTYPE_BYTES)[cache_dtype],
         block_size=request.block_size,
         max_model_len=longest,
+        dtype_bytes=DTYPE_BYTES[dtype],
+        row_bytes=form.row_bytes(facts.head_size) if form else None,
     )
     if request.max_model_len == "auto":
         longest = _fitting_length(layout, request.kv_cache_bytes, longest)
     lengths = sorted({*(request.lengths or _doubles(longest)), longest})
     duo = _memory(layout, request.kv_cache_bytes, longest, lengths)
     full = _memory(layout.full_attention, request.kv_cache_bytes, longest, lengths)
+    plain = _unquantised(layout).full_attention
+    unquantised = Capacity.of_bytes(plain, request.kv_cache_bytes).concurrent_requests(longest)
     cost, balanced = server.split_costs(layout, longest)
     return Plan(
         **dict(duo),
@@ -97,6 +103,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         streaming_blocks_per_request=len(layout.bins) * layout.span.max_blocks,
         num_bins=len(layout.bins),
         times_full_attention=_ratio(duo.concurrent_requests, full.concurrent_requests),
+        times_unquantised_full_attention=_ratio(duo.concurrent_requests, unquantised),
         tensor_parallel_loss=cost.loss,
         full=full,
         notes=[
@@ -120,12 +127,18 @@ def _check(request: PlanRequest) -> None:
             raise ValueError(f"{name}: expected more than 0, got {number}: correct it")
     for name, value, allowed in (
         ("--dtype", request.dtype, DTYPES),
-        ("--kv-cache-dtype", request.kv_cache_dtype, CACHE_DTYPE_BYTES),
+        ("--kv-cache-dtype", request.kv_cache_dtype, CACHE_DTYPES),
     ):
         if value != "auto" and value not in allowed:
             raise ValueError(
                 f"{name}: expected one of auto, {', '.join(allowed)}, got {value!r}: correct it"
             )
+
+
+def _unquantised(layout: Layout) -> Layout:
+    """The same heads and blocks with a cache of the model's own dtype."""
+    ranks = (replace(rank, row_bytes=None) for rank in layout.ranks)
+    return replace(layout, ranks=tuple(ranks))
 
 
 def _dtype(request: PlanRequest, checkpoint: Checkpoint) -> str:

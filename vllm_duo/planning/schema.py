@@ -82,6 +82,9 @@ class Plan(MemoryPlan):
     times_full_attention: float | None = Field(
         description="concurrent_requests over that of full attention; null: that has no block"
     )
+    times_unquantised_full_attention: float | None = Field(
+        description="the same over full attention with a KV cache of the model's own dtype"
+    )
     tensor_parallel_loss: float = Field(
         description="share of what duo saves against stock on one rank that is lost by splitting the "
         "heads, at max_model_len; 0 with one rank"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from vllm_duo.kv_cache.formats import FORMATS
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -73,6 +75,13 @@ def _comparison(plan: Plan) -> Table:
     table.add_row(
         "tokens of a block", f"{plan.settings.block_size}{streaming}", str(plan.settings.block_size)
     )
+    if plan.settings.kv_cache_dtype in FORMATS and plan.times_unquantised_full_attention:
+        table.add_row(
+            f"requests, against a {plan.settings.dtype} cache",
+            "",
+            "",
+            f"{plan.times_unquantised_full_attention:.2f} x",
+        )
     table.add_row("bytes of a block", size(duo.block_bytes), size(full.block_bytes))
     table.add_row("blocks of the pool", f"{duo.num_blocks:,}", f"{full.num_blocks:,}")
     return table

@@ -1,0 +1,76 @@
+// Rows of activations in the chunk order of a cache's dtype.
+#pragma once
+
+#include "../common.h"
+#include "elements.h"
+#include "rotate.h"
+
+namespace duo {
+namespace {
+
+constexpr int MAX_HEAD_SIZE = 512;
+
+// Address of a row of a tensor, whatever its dtype.
+DUO_INLINE char* row_address(const Rows& rows, Dtype dtype, int64_t token, int64_t head) {
+    return rows.data + element_bytes(dtype) * (token * rows.token_stride + head * rows.head_stride);
+}
+
+// Calls work(pointer to the row's dtype) for activations beside quantised caches, whose chunks have
+// the elements in their own order.
+template <typename Work>
+DUO_INLINE void with_ordered(Dtype dtype, char* row, Work work) {
+    if (dtype == Dtype::f32) {
+        work(reinterpret_cast<float*>(row));
+    } else if (dtype == Dtype::bf16) {
+        work(reinterpret_cast<OrderedBFloat16*>(row));
+    } else {
+        work(reinterpret_cast<Float16*>(row));
+    }
+}
+
+// The row to floats in their own order, rotated where T's numbers are, times `factor`.
+template <typename T>
+DUO_INLINE void load_ordered_row(const LayerStep& step, char* row, HeadChunks chunks, float factor,
+                                 float* to) {
+    with_ordered(step.activations, row, [&](const auto* from) __attribute__((always_inline)) {
+        load_row(from, chunks, factor, to);
+    });
+    if constexpr (IS_ROTATED<T>) rotate(to, step.head_size);
+}
+
+// The row to floats in T's chunk order, times `factor`.
+template <typename T>
+DUO_INLINE void load_activations(const LayerStep& step, char* row, HeadChunks chunks, float factor,
+                                 float* to) {
+    if constexpr (!IS_QUANTISED<T>) {
+        load_row(reinterpret_cast<const T*>(row), chunks, factor, to);
+    } else if constexpr (!IS_ROTATED<T>) {
+        load_ordered_row<T>(step, row, chunks, factor, to);
+    } else {
+        float ordered[MAX_HEAD_SIZE];
+        load_ordered_row<T>(step, row, chunks, factor, ordered);
+        to_even_odd(ordered, chunks.padded(), to);
+    }
+}
+
+// Floats in T's chunk order to the row, times `factor`.
+template <typename T>
+DUO_INLINE void store_activations(const float* from, HeadChunks chunks, float factor,
+                                  const LayerStep& step, char* row) {
+    if constexpr (!IS_QUANTISED<T>) {
+        store_row(from, chunks, factor, reinterpret_cast<T*>(row));
+        return;
+    }
+    float ordered[MAX_HEAD_SIZE];
+    if constexpr (IS_ROTATED<T>) {
+        from_even_odd(from, chunks.padded(), ordered);
+        rotate_back(ordered, step.head_size);
+        from = ordered;
+    }
+    with_ordered(step.activations, row, [&](auto* to) __attribute__((always_inline)) {
+        store_row(from, chunks, factor, to);
+    });
+}
+
+}  // namespace
+}  // namespace duo

@@ -1,0 +1,88 @@
+"""Quantised KV caches: served answers are the oracle's that computes with what such a cache keeps.
+
+The served keys differ from the oracle's by float32's roundings, which moves one of them across the edge of
+a quantisation step now and then; log-probabilities therefore differ by more than float32's own errors.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.engine import engine, write_pattern
+from tests.e2e.half import errors, rms
+from tests.e2e.stepper import Stepper
+from tests.e2e.test_exactness import mask_of, prompts_of
+from tests.models.random_models import Shape
+from tests.oracle import Oracle
+from vllm_duo.kv_cache.formats import FORMATS
+
+pytestmark = pytest.mark.engine
+
+SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
+SINK, RECENT = 20, 75
+MASK = mask_of("mixed", SHAPE.kv_heads)
+PROMPTS = prompts_of([150] * 4, seed=43)
+ANSWER_TOKENS = 90
+ERROR = 0.02
+BLOCK = 16
+
+
+def case(name, *marks):
+    number = name.partition("_")[0]
+    feature = f"quantised KV cache, {number}"
+    return pytest.param(name, id=name, marks=[pytest.mark.feature(feature), *marks])
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        case("fp8"),
+        case("int8_per_token_head"),
+        case("int4_per_token_head"),
+        case("fp8_e5m2", pytest.mark.slow),
+        case("fp8_per_token_head", pytest.mark.slow),
+    ],
+)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def serve(checkpoint, tmp_path_factory):
+    pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "mixed", MASK)
+
+    def serve(name, **settings):
+        sizes = {"sink_size": SINK, "recent_size": RECENT}
+        limits = {"max_model_len": 400, "max_num_batched_tokens": 128}
+        pool = {"block_size": BLOCK, "num_gpu_blocks_override": 60}
+        return engine(
+            checkpoint(SHAPE), pattern, kv_cache_dtype=name, **(sizes | limits | pool | settings)
+        )
+
+    return serve
+
+
+def error_of(model, answers, form):
+    return rms(errors(Oracle(model, MASK, SINK, RECENT, form), PROMPTS, answers))
+
+
+def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch):
+    """In chunks, with prefix caching, in a pool that holds four prompts and not their answers."""
+    model = checkpoint(SHAPE)
+    with serve(name) as running:
+        stepper = Stepper(running, monkeypatch)
+        for index, prompt in enumerate(PROMPTS):
+            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
+        stepper.run()
+        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+        config = running.core.scheduler.kv_cache_config
+        stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
+    assert stepper.preempted
+    form = FORMATS[name]
+    error = error_of(model, answers, form)
+    assert error <= ERROR
+    assert error_of(model, again, form) <= ERROR, "from cached prefixes"
+    assert error_of(model, answers, None) > 2 * error, "what is kept must matter"
+    # A block has the bytes of the retrieval heads of all layers, the widest group.
+    assert stored == {sum(map(sum, MASK)) * BLOCK * form.row_bytes(SHAPE.head_size)}

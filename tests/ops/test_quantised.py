@@ -1,0 +1,232 @@
+"""Quantised caches: the kernels' numbers against the reference's, attention against float64 over them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ops.oracle import MEMORY_LAYOUTS, Store, run_step
+from tests.ops.test_attention import MASKS, assert_rule_holds, make_sequences, serve
+from vllm_duo.kv_cache.formats import FORMATS
+from vllm_duo.ops.batch import Batch, SnapshotCopy
+from vllm_duo.ops.quantise import dequantise, quantise
+from vllm_duo.ops.write_kv import write_kv
+
+SCALES = (0.5, 0.03)  # of a layer; the values would saturate nowhere and round everywhere
+
+
+@pytest.fixture(autouse=True)
+def _kernels(implementation):
+    if implementation == "reference":
+        pytest.skip("the PyTorch operators do not read quantised caches: test_reference_refuses")
+
+
+@pytest.fixture(params=[name for name in FORMATS if name != "fp8"])
+def form(request):
+    return FORMATS[request.param]
+
+
+def as_kept(sequences, form, scales=SCALES):
+    """The sequences with the keys and values that a cache keeps of them."""
+    kept = []
+    for s in sequences:
+        k, v = dequantise(quantise(s.k, s.v, form, *scales), form, *scales)
+        kept.append(dataclasses.replace(s, k=k, v=v))
+    return kept
+
+
+def written(k, v, form, scales=SCALES):
+    """[n, Hkv, row bytes] that the kernels write for these tokens."""
+    n, heads, size = k.shape
+    store = Store(
+        [True] * heads, size, requests=1, max_tokens=n, dtype=k.dtype, seed=0, form=form, scales=scales
+    )
+    batch = Batch.from_host(np.array([0, n]), np.array([n]), 0)
+    write_kv(k, v, store.heads, store.caches, batch)
+    block, offset = np.divmod(np.arange(n), store.paged.block_size)
+    return store.caches.retrieval[store.paged.block_table[0, block], :, offset]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [16, 80, 128])
+def test_numbers_are_the_references(form, dtype, head_size):
+    generator = torch.Generator().manual_seed(50)
+    k, v = (torch.randn(40, 3, head_size, generator=generator) for _ in range(2))
+    # From far below the least number to far above the greatest.
+    k *= torch.logspace(-6, 4, 40)[:, None, None]
+    k, v = k.to(dtype), v.to(dtype)
+    assert torch.equal(written(k, v, form), quantise(k, v, form, *SCALES))
+
+
+def test_every_tie_and_every_number_rounds_as_the_reference(form):
+    """Halfway between any two neighbours, and one step of float32 to each side of it."""
+    numbers = torch.arange(256, dtype=torch.uint8)
+    row = torch.cat([numbers, numbers])
+    if form.token_scales:
+        row = torch.cat([row, torch.ones(2).view(torch.uint8)])
+    exact = dequantise(row, form)[0].float()
+    exact = exact[exact.isfinite()].sort().values
+    ties = (exact[1:] + exact[:-1]) / 2
+    around = [ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(-torch.tensor(torch.inf))]
+    values = torch.cat([exact, *around])
+    values = torch.nn.functional.pad(values, (0, -len(values) % 15)).reshape(-1, 1, 15)
+    # A token's own scale is 1 with the greatest number beside.
+    values = torch.nn.functional.pad(values, (0, 1), value=form.greatest)
+    assert torch.equal(written(values, values, form, (1.0, 1.0)), quantise(values, values, form))
+
+
+def test_zeros_and_what_is_not_finite(form):
+    rows = torch.zeros(6, 1, 16)
+    rows[1, 0, 3] = torch.nan
+    rows[2, 0, 5] = torch.inf
+    rows[3, 0, 5] = -1e30
+    rows[4] = 1e-42
+    rows[5, 0, ::2] = -0.0
+    held = written(rows, rows, form, (1.0, 1.0))
+    keys, values = dequantise(held, form)
+    assert torch.equal(keys.nan_to_num(), values.nan_to_num())
+    assert (keys[[0, 4, 5]] == 0).all()
+    # NaN stays what it is; infinity saturates, or makes its token NaN: never a number like others.
+    assert keys[1].isnan().any()
+    assert keys[2].isnan().any() or keys[2].max() == form.greatest
+    assert torch.isclose(keys[3].min(), torch.tensor(-1e30 if form.token_scales else -form.greatest).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 7, 63, 1000])
+def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
+    """Also of a chunk's own tokens, so that no chunk size is another answer."""
+    mask = MASKS["mixed"]
+    lengths = [63, 200] if chunk > 1 else [90]
+    store = Store(
+        mask, 64, requests=len(lengths), max_tokens=300, dtype=dtype, seed=51, form=form, scales=SCALES
+    )
+    sequences = make_sequences(lengths, 4, 2, 64, dtype, seed=52)
+    serve(store, sequences, lambda left: min(left, chunk), 0.125, decode_up_to=8)
+    assert_rule_holds(as_kept(sequences, form), mask, 20, 75, 0.125)
+    store.assert_guards()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    mask=st.lists(st.booleans(), min_size=1, max_size=3),
+    group=st.integers(1, 16),
+    head_size=st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]),
+    block=st.sampled_from([8, 16, 24, 128]),
+    ring_block=st.sampled_from([1, 7, 8, 13, 128]),
+    sink=st.integers(0, 200),
+    recent=st.integers(1, 200),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    longest=st.sampled_from([1, 9, 40, 300]),
+    layouts=st.tuples(*[st.sampled_from(MEMORY_LAYOUTS)] * 4),
+    one_call=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(
+    name,
+    mask,
+    group,
+    head_size,
+    block,
+    ring_block,
+    sink,
+    recent,
+    lengths,
+    dtype,
+    longest,
+    layouts,
+    one_call,
+    seed,
+):
+    form = FORMATS[name]
+    rng = np.random.default_rng(seed)
+    store = Store(
+        mask,
+        head_size,
+        requests=len(lengths),
+        max_tokens=300,
+        block_size=block,
+        streaming_block_size=ring_block,
+        sink_size=sink,
+        recent_size=recent,
+        dtype=dtype,
+        seed=seed,
+        form=form,
+        scales=SCALES,
+    )
+    sequences = make_sequences(lengths, len(mask), group, head_size, dtype, seed)
+    serve(
+        store,
+        sequences,
+        lambda left: min(left, int(rng.integers(0, (longest if left < 40 else 120) + 1))),
+        head_size**-0.5,
+        decode_up_to=8,
+        layouts=layouts,
+        one_call=one_call,
+    )
+    assert_rule_holds(as_kept(sequences, form), mask, sink, recent, head_size**-0.5)
+    store.assert_guards()
+
+
+def test_long_requests_are_split_and_merged(form):
+    store = Store(
+        [True, False], 64, requests=2, max_tokens=1700, recent_size=700, seed=53, form=form, scales=SCALES
+    )
+    sequences = make_sequences([1700, 1100], 2, 3, 64, torch.float32, seed=54)
+    serve(store, sequences, lambda left: min(left, 1 if left <= 10 else min(left - 10, 650)), 0.125)
+    assert_rule_holds(as_kept(sequences, form), [True, False], 20, 700, 0.125)
+
+
+def test_a_restored_snapshot_is_the_state_it_was_stored_from(form):
+    """One request stores its state in the middle of a chunk, another resumes there."""
+    mask = [False, False]
+    store = Store(mask, 32, requests=3, max_tokens=300, seed=55, form=form, scales=SCALES)
+    (first,) = make_sequences([200], 2, 2, 32, torch.float32, seed=56)
+    second = dataclasses.replace(first, outputs=[])
+    blocks = store.ring.block_table[2].long()
+    run_step(store, [first], [100], 0.2)
+    store_copy = SnapshotCopy(True, 0, 150, blocks)
+    run_step(store, [first], [80], 0.2, copies=[store_copy])
+    second.done = 150
+    restore = SnapshotCopy(False, 0, 150, blocks)
+    run_step(store, [second], [50], 0.2, rows=[1], copies=[restore])
+    first.outputs = [*first.outputs]
+    run_step(store, [first], [20], 0.2)
+    served = dataclasses.replace(first, outputs=[torch.cat(first.outputs)[:150], *second.outputs])
+    assert_rule_holds(as_kept([served], form), mask, 20, 75, 0.2)
+    assert_rule_holds(as_kept([first], form), mask, 20, 75, 0.2)
+
+
+def test_reference_refuses(monkeypatch):
+    from vllm_duo.ops import cpu
+
+    monkeypatch.setattr(cpu, "use_reference", True)
+    store = Store([True], 16, requests=1, max_tokens=20, seed=57, form=FORMATS["fp8"])
+    sequences = make_sequences([20], 1, 1, 16, torch.float32, seed=58)
+    with pytest.raises(ValueError, match="only the compiled CPU kernels"):
+        run_step(store, sequences, [20], 0.25)
+
+
+def test_a_cache_of_another_row_is_named():
+    store = Store([True], 16, requests=1, max_tokens=20, seed=59, form=FORMATS["fp8"])
+    store.caches = dataclasses.replace(store.caches, form=FORMATS["int8_per_token_head"])
+    sequences = make_sequences([20], 1, 1, 16, torch.float32, seed=60)
+    with pytest.raises(ValueError, match=r"must be \[N, 1, 16, 40\] of the quantised dtype"):
+        run_step(store, sequences, [20], 0.25)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_scales_must_be_positive(scale):
+    store = Store(
+        [True], 16, requests=1, max_tokens=20, seed=61, form=FORMATS["fp8"], scales=(1.0, scale)
+    )
+    sequences = make_sequences([20], 1, 1, 16, torch.float32, seed=62)
+    with pytest.raises(ValueError, match="scales of a quantised cache must be positive"):
+        run_step(store, sequences, [20], 0.25)
