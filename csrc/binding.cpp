@@ -298,8 +298,9 @@ void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle que
         fail("the scales of a quantised cache must be positive, got " + std::to_string(key_scale) +
              " and " + std::to_string(value_scale));
     }
-    step.key_scale = key_scale;
-    step.value_scale = value_scale;
+    const bool own = scale_bytes(step.dtype) > 0;
+    step.key_scale = own ? 1.0f : key_scale;
+    step.value_scale = own ? 1.0f : value_scale;
     step.head_size = static_cast<int>(key.shape(2));
     step.key = rows_of("key", key);
     step.value = rows_of("value", value);

@@ -70,7 +70,7 @@ struct LayerStep {
     int group;  // query heads of a KV head
     Rows query, key, value, output;
     float scale;
-    float key_scale;    // what a quantised key, or its own scale, is to be multiplied with
+    float key_scale;    // of a quantised layer's keys; 1 where tokens have their own
     float value_scale;  // likewise
     const Request* requests;
     int num_requests;

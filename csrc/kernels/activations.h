@@ -28,14 +28,22 @@ DUO_INLINE void with_ordered(Dtype dtype, char* row, Work work) {
     }
 }
 
-// The row to floats in their own order, rotated where T's numbers are, times `factor`.
-template <typename T>
-DUO_INLINE void load_ordered_row(const LayerStep& step, char* row, HeadChunks chunks, float factor,
-                                 float* to) {
+// The row to floats in their own order, rotated if asked for, times `factor`. This and the next are
+// compiled once for all quantised dtypes.
+DUO_NOINLINE void load_ordered_row(const LayerStep& step, char* row, HeadChunks chunks,
+                                   float factor, bool rotated, float* to) {
     with_ordered(step.activations, row, [&](const auto* from) __attribute__((always_inline)) {
         load_row(from, chunks, factor, to);
     });
-    if constexpr (IS_ROTATED<T>) rotate(to, step.head_size);
+    if (rotated) rotate(to, step.head_size);
+}
+
+// Floats in their own order to the row, times `factor`.
+DUO_NOINLINE void store_ordered_row(const float* from, HeadChunks chunks, float factor,
+                                    const LayerStep& step, char* row) {
+    with_ordered(step.activations, row, [&](auto* to) __attribute__((always_inline)) {
+        store_row(from, chunks, factor, to);
+    });
 }
 
 // The row to floats in T's chunk order, times `factor`.
@@ -45,10 +53,10 @@ DUO_INLINE void load_activations(const LayerStep& step, char* row, HeadChunks ch
     if constexpr (!IS_QUANTISED<T>) {
         load_row(reinterpret_cast<const T*>(row), chunks, factor, to);
     } else if constexpr (!IS_ROTATED<T>) {
-        load_ordered_row<T>(step, row, chunks, factor, to);
+        load_ordered_row(step, row, chunks, factor, false, to);
     } else {
         float ordered[MAX_HEAD_SIZE];
-        load_ordered_row<T>(step, row, chunks, factor, ordered);
+        load_ordered_row(step, row, chunks, factor, true, ordered);
         to_even_odd(ordered, chunks.padded(), to);
     }
 }
@@ -59,17 +67,14 @@ DUO_INLINE void store_activations(const float* from, HeadChunks chunks, float fa
                                   const LayerStep& step, char* row) {
     if constexpr (!IS_QUANTISED<T>) {
         store_row(from, chunks, factor, reinterpret_cast<T*>(row));
-        return;
-    }
-    float ordered[MAX_HEAD_SIZE];
-    if constexpr (IS_ROTATED<T>) {
+    } else if constexpr (!IS_ROTATED<T>) {
+        store_ordered_row(from, chunks, factor, step, row);
+    } else {
+        float ordered[MAX_HEAD_SIZE];
         from_even_odd(from, chunks.padded(), ordered);
         rotate_back(ordered, step.head_size);
-        from = ordered;
+        store_ordered_row(ordered, chunks, factor, step, row);
     }
-    with_ordered(step.activations, row, [&](auto* to) __attribute__((always_inline)) {
-        store_row(from, chunks, factor, to);
-    });
 }
 
 }  // namespace

@@ -88,8 +88,8 @@ DUO_INLINE void weigh_scores(float* score, Columns all, Columns own, float& row_
     row_sum += sum(total);
 }
 
-template <typename T>
-struct PrefillItem {
+// What of an item does not depend on the caches' dtype: compiled once for all of them.
+struct PrefillRows {
     const LayerStep& step;
     const HeadClass& heads;
     const Request& request;
@@ -100,7 +100,7 @@ struct PrefillItem {
     const int rows;
     PrefillScratch scratch;
 
-    PrefillItem(const LayerStep& s, const Item& item, float* base)
+    PrefillRows(const LayerStep& s, const Item& item, float* base)
         : step(s),
           heads(s.classes[item.head_class]),
           request(s.requests[item.request]),
@@ -118,6 +118,44 @@ struct PrefillItem {
         const int64_t head = heads.heads[source.head] * int64_t{step.group} + row % step.group;
         return row_address(tensor, step.activations, token, head);
     }
+
+    DUO_NOINLINE void add_block(int first, int64_t begin, int count, bool recent) {
+        const int end = first + BLOCK_ROWS < rows ? first + BLOCK_ROWS : rows;
+        // Both ends of a row's columns grow with its position.
+        const Columns seen =
+            block_columns(heads, recent, position(first), position(end - 1), begin, count);
+        const int low = seen.low;
+        const int high = seen.high;
+        if (low >= high) return;
+        const Columns all{low / PANEL * PANEL, (high + PANEL - 1) / PANEL * PANEL};
+        const float* query = scratch.query + int64_t{first} * padded;
+        for (int k = all.low; k < all.high; k += PANEL) {
+            const float* key = scratch.key + int64_t{k} * padded;
+            multiply_panel<1, BLOCK_ROWS, false>(query, key, min(padded, SUM_ELEMENTS),
+                                                 scratch.score + k, TILE_KEYS);
+            for (int d = SUM_ELEMENTS; d < padded; d += SUM_ELEMENTS) {
+                multiply_panel<1, BLOCK_ROWS, true>(query + d * BLOCK_ROWS, key + d * PANEL,
+                                                    min(padded - d, SUM_ELEMENTS),
+                                                    scratch.score + k, TILE_KEYS);
+            }
+        }
+        for (int r = first; r < end; ++r) {
+            const Columns own =
+                block_columns(heads, recent, position(r), position(r), begin, count);
+            weigh_scores(scratch.score + (r - first) * TILE_KEYS, all, own, scratch.max[r],
+                         scratch.sum[r], scratch.output + int64_t{r} * padded, padded);
+        }
+        for (int c = 0; c < chunks.all(); ++c) {
+            multiply_panel<TILE_KEYS, 1, true>(
+                scratch.score + low, scratch.value + (int64_t{c} * TILE_KEYS + low) * PANEL,
+                high - low, scratch.output + int64_t{first} * padded + c * CHUNK, padded);
+        }
+    }
+};
+
+template <typename T>
+struct PrefillItem : PrefillRows {
+    using PrefillRows::PrefillRows;
 
     void load_queries() {
         constexpr float log2e = 1.44269504088896340736f;
@@ -157,39 +195,6 @@ struct PrefillItem {
         pack_values(keys.value, keys.count, chunks, scaled ? scales[1] : nullptr, panel_floats,
                     scratch.value);
         for (int r = 0; r < rows; r += BLOCK_ROWS) add_block(r, begin, keys.count, recent);
-    }
-
-    void add_block(int first, int64_t begin, int count, bool recent) {
-        const int end = first + BLOCK_ROWS < rows ? first + BLOCK_ROWS : rows;
-        // Both ends of a row's columns grow with its position.
-        const Columns seen =
-            block_columns(heads, recent, position(first), position(end - 1), begin, count);
-        const int low = seen.low;
-        const int high = seen.high;
-        if (low >= high) return;
-        const Columns all{low / PANEL * PANEL, (high + PANEL - 1) / PANEL * PANEL};
-        const float* query = scratch.query + int64_t{first} * padded;
-        for (int k = all.low; k < all.high; k += PANEL) {
-            const float* key = scratch.key + int64_t{k} * padded;
-            multiply_panel<1, BLOCK_ROWS, false>(query, key, min(padded, SUM_ELEMENTS),
-                                                 scratch.score + k, TILE_KEYS);
-            for (int d = SUM_ELEMENTS; d < padded; d += SUM_ELEMENTS) {
-                multiply_panel<1, BLOCK_ROWS, true>(query + d * BLOCK_ROWS, key + d * PANEL,
-                                                    min(padded - d, SUM_ELEMENTS),
-                                                    scratch.score + k, TILE_KEYS);
-            }
-        }
-        for (int r = first; r < end; ++r) {
-            const Columns own =
-                block_columns(heads, recent, position(r), position(r), begin, count);
-            weigh_scores(scratch.score + (r - first) * TILE_KEYS, all, own, scratch.max[r],
-                         scratch.sum[r], scratch.output + int64_t{r} * padded, padded);
-        }
-        for (int c = 0; c < chunks.all(); ++c) {
-            multiply_panel<TILE_KEYS, 1, true>(
-                scratch.score + low, scratch.value + (int64_t{c} * TILE_KEYS + low) * PANEL,
-                high - low, scratch.output + int64_t{first} * padded + c * CHUNK, padded);
-        }
     }
 
     void run() {

@@ -98,8 +98,8 @@ template <typename T>
 DUO_INLINE float quantise_activations(const LayerStep& step, const Rows& rows, int64_t token,
                                       int head, float scale, char* to) {
     float row[MAX_HEAD_SIZE];
-    load_ordered_row<T>(step, row_address(rows, step.activations, token, head),
-                        head_chunks(step.head_size), 1.0f, row);
+    load_ordered_row(step, row_address(rows, step.activations, token, head),
+                     head_chunks(step.head_size), 1.0f, IS_ROTATED<T>, row);
     if (scale_bytes(step.dtype)) {
         scale = greatest_magnitude(row, step.head_size) / Quantised<T>::GREATEST;
         if (scale < LEAST_SCALE) scale = LEAST_SCALE;

@@ -35,7 +35,7 @@ DUO_INLINE void add_within(float* x, int n) {
 }
 
 // Hadamard's matrix, scaled to keep lengths, times each block of a head.
-DUO_INLINE void hadamard(float* x, int head_size) {
+DUO_NOINLINE void hadamard(float* x, int head_size) {
     const int block = head_size & -head_size;
     add_within<1>(x, head_size);
     for (int h = LANES; h < block; h *= 2) {
@@ -66,7 +66,7 @@ DUO_INLINE void rotate_back(float* x, int head_size) {
 }
 
 // A row in the elements' own order to chunk order, even elements first, and back.
-DUO_INLINE void to_even_odd(const float* from, int padded, float* to) {
+DUO_NOINLINE void to_even_odd(const float* from, int padded, float* to) {
     for (int c = 0; c < padded; c += CHUNK) {
         for (int i = 0; i < LANES; ++i) {
             to[c + i] = from[c + 2 * i];
@@ -75,7 +75,7 @@ DUO_INLINE void to_even_odd(const float* from, int padded, float* to) {
     }
 }
 
-DUO_INLINE void from_even_odd(const float* from, int padded, float* to) {
+DUO_NOINLINE void from_even_odd(const float* from, int padded, float* to) {
     for (int c = 0; c < padded; c += CHUNK) {
         for (int i = 0; i < LANES; ++i) {
             to[c + 2 * i] = from[c + i];

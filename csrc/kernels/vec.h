@@ -16,6 +16,7 @@
 #endif
 
 #define DUO_INLINE inline __attribute__((always_inline))
+#define DUO_NOINLINE __attribute__((noinline))
 
 namespace duo {
 namespace {

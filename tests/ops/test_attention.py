@@ -52,8 +52,9 @@ def assert_rule_holds(sequences, mask, sink_size, recent_size, scale):
         exact = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale)
         plain = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale, torch.float32)
         rounding = torch.finfo(s.q.dtype).eps * exact.abs().max()
-        # The floor is a few float32 roundings: short rows can be exact by luck in one order of sums.
-        bound = 2 * (plain - exact).abs().max() + rounding + 4 * torch.finfo(torch.float32).eps
+        # The floor is a few float32 roundings, as in steps.py: short rows can be exact by luck in one
+        # order of sums.
+        bound = 2 * (plain - exact).abs().max() + rounding + 8 * torch.finfo(torch.float32).eps
         served = torch.cat(s.outputs).double()
         assert (served - exact).abs().max() <= bound
 

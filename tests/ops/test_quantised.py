@@ -97,8 +97,16 @@ def test_zeros_and_what_is_not_finite(form):
     assert torch.isclose(keys[3].min(), torch.tensor(-1e30 if form.token_scales else -form.greatest).double())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [1, 7, 63, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "chunk"),
+    [
+        (torch.float32, 1),
+        (torch.float32, 7),
+        (torch.float32, 1000),
+        (torch.bfloat16, 63),
+        (torch.float16, 63),
+    ],
+)
 def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
     """Also of a chunk's own tokens, so that no chunk size is another answer."""
     mask = MASKS["mixed"]
@@ -112,7 +120,7 @@ def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
     store.assert_guards()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     mask=st.lists(st.booleans(), min_size=1, max_size=3),

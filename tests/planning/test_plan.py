@@ -173,10 +173,17 @@ def test_llama_31_70b_on_eight_ranks(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_cache_dtype", "element"),
-    [("auto", "auto", 2), ("float32", "auto", 4), ("half", "auto", 2), ("bfloat16", "fp8", 1)],
+    ("dtype", "kv_cache_dtype", "row"),
+    [
+        ("auto", "auto", 512),
+        ("float32", "auto", 1024),
+        ("half", "auto", 512),
+        ("bfloat16", "fp8", 256),
+        ("bfloat16", "int8_per_token_head", 264),
+        ("float32", "int4_per_token_head", 136),
+    ],
 )
-def test_bytes_of_an_element(tmp_path, dtype, kv_cache_dtype, element):
+def test_bytes_of_a_token_in_one_head(tmp_path, dtype, kv_cache_dtype, row):
     plan = plan_memory(
         PlanRequest(
             model=write_model(tmp_path, 32, 32, 8, 4096),
@@ -187,8 +194,29 @@ def test_bytes_of_an_element(tmp_path, dtype, kv_cache_dtype, element):
             kv_cache_dtype=kv_cache_dtype,
         )
     )
-    assert plan.bytes_per_token == 128 * 2 * 128 * element
-    assert plan.full.bytes_per_token == 256 * 2 * 128 * element
+    assert plan.bytes_per_token == 128 * row
+    assert plan.full.bytes_per_token == 256 * row
+    assert not [note for note in plan.notes if "refuses" in note]
+
+
+def test_four_bits_and_half_of_the_heads_hold_seven_times_the_tokens(tmp_path):
+    """Llama-3.1-8B at 32,768 tokens: a block of 128 tokens of 128 heads is 128 * 136 bytes a head.
+
+    In 40 GiB 19,275 blocks, against 2,560 of stock's with 256 heads of 512 bytes in bfloat16.
+    """
+    plan = plan_memory(
+        PlanRequest(
+            model=write_model(tmp_path, 32, 32, 8, 4096),
+            duo={"pattern": "Meta-Llama-3.1-8B-Instruct"},
+            kv_cache_bytes=40 * GIB,
+            max_model_len=TOKENS,
+            kv_cache_dtype="int4_per_token_head",
+        )
+    )
+    assert (plan.block_bytes, plan.num_blocks) == (128 * 128 * 136, 19_275)
+    assert plan.times_unquantised_full_attention == (19_274 / 259) / (2_559 / 256)
+    assert plan.times_unquantised_full_attention > 7
+    assert plan.times_full_attention == pytest.approx(256 / 259 * 2, rel=1e-3)
 
 
 class TestLengths:
