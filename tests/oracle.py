@@ -1,6 +1,7 @@
 """The oracle: an eager transformers forward in float32 with the rule as a mask per KV head.
 
-Written without the package's operators but those that say what a quantised cache keeps. Source of the rule: docs/design.md, section "The rule".
+Written without the package's operators but those that say what a quantised cache keeps.
+Source of the rule: docs/design.md, section "The rule".
 """
 
 from __future__ import annotations

@@ -8,6 +8,11 @@ ATTEND: int
 WRITE_STREAMING: int
 FLOAT32: int
 BFLOAT16: int
+FP8_E4M3: int
+FP8_E5M2: int
+SCALED_FP8_E4M3: int
+SCALED_INT8: int
+SCALED_INT4: int
 FLOAT16: int
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -49,6 +54,9 @@ def run(
     streaming: View | None,
     ring: BlockTable | None,
     copies: Copies | None,
+    cache_dtype: int,
+    key_scale: float,
+    value_scale: float,
     check: bool,
 ) -> None: ...
 def isa() -> str: ...

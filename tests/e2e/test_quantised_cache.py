@@ -1,7 +1,8 @@
 """Quantised KV caches: served answers are the oracle's that computes with what such a cache keeps.
 
-The served keys differ from the oracle's by float32's roundings, which moves one of them across the edge of
-a quantisation step now and then; log-probabilities therefore differ by more than float32's own errors.
+The served keys differ from the oracle's by float32's roundings, which moves one of them across the edge
+of a quantisation step now and then; log-probabilities therefore differ by more than float32's own
+errors.
 """
 
 from __future__ import annotations

@@ -114,6 +114,13 @@ def test_engine_settings_of_the_user_win():
     assert (arguments["dtype"], arguments["seed"]) == ("float32", 7)
 
 
+def test_a_quantised_cache_is_judged_against_the_models_own():
+    settings = settings_of(engine={"kv_cache_dtype": "int4_per_token_head"})
+    assert engine_arguments(settings, 0.5, 100)["kv_cache_dtype"] == "int4_per_token_head"
+    assert "kv_cache_dtype" not in engine_arguments(settings, None, 100)
+    assert settings.engine, "the settings themselves stay"
+
+
 def test_depths_are_asked_alike():
     questions = make_questions(settings_of(tasks=("needle",)), count_words)
     depths = [q.sample.depth for q in questions.rounds[0]]

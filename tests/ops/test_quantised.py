@@ -1,4 +1,4 @@
-"""Quantised caches: the kernels' numbers against the reference's, attention against float64 over them."""
+"""Quantised caches: the kernels' numbers are the reference's, attention is that over these numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,14 @@ def written(k, v, form, scales=SCALES):
     """[n, Hkv, row bytes] that the kernels write for these tokens."""
     n, heads, size = k.shape
     store = Store(
-        [True] * heads, size, requests=1, max_tokens=n, dtype=k.dtype, seed=0, form=form, scales=scales
+        [True] * heads,
+        size,
+        requests=1,
+        max_tokens=n,
+        dtype=k.dtype,
+        seed=0,
+        form=form,
+        scales=scales,
     )
     batch = Batch.from_host(np.array([0, n]), np.array([n]), 0)
     write_kv(k, v, store.heads, store.caches, batch)
@@ -72,7 +79,11 @@ def test_every_tie_and_every_number_rounds_as_the_reference(form):
     exact = dequantise(row, form)[0].float()
     exact = exact[exact.isfinite()].sort().values
     ties = (exact[1:] + exact[:-1]) / 2
-    around = [ties, ties.nextafter(torch.tensor(torch.inf)), ties.nextafter(-torch.tensor(torch.inf))]
+    around = [
+        ties,
+        ties.nextafter(torch.tensor(torch.inf)),
+        ties.nextafter(-torch.tensor(torch.inf)),
+    ]
     values = torch.cat([exact, *around])
     values = torch.nn.functional.pad(values, (0, -len(values) % 15)).reshape(-1, 1, 15)
     # A token's own scale is 1 with the greatest number beside.
@@ -94,7 +105,9 @@ def test_zeros_and_what_is_not_finite(form):
     # NaN stays what it is; infinity saturates, or makes its token NaN: never a number like others.
     assert keys[1].isnan().any()
     assert keys[2].isnan().any() or keys[2].max() == form.greatest
-    assert torch.isclose(keys[3].min(), torch.tensor(-1e30 if form.token_scales else -form.greatest).double())
+    assert torch.isclose(
+        keys[3].min(), torch.tensor(-1e30 if form.token_scales else -form.greatest).double()
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +125,14 @@ def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
     mask = MASKS["mixed"]
     lengths = [63, 200] if chunk > 1 else [90]
     store = Store(
-        mask, 64, requests=len(lengths), max_tokens=300, dtype=dtype, seed=51, form=form, scales=SCALES
+        mask,
+        64,
+        requests=len(lengths),
+        max_tokens=300,
+        dtype=dtype,
+        seed=51,
+        form=form,
+        scales=SCALES,
     )
     sequences = make_sequences(lengths, 4, 2, 64, dtype, seed=52)
     serve(store, sequences, lambda left: min(left, chunk), 0.125, decode_up_to=8)
@@ -185,7 +205,14 @@ def test_random_shapes(
 
 def test_long_requests_are_split_and_merged(form):
     store = Store(
-        [True, False], 64, requests=2, max_tokens=1700, recent_size=700, seed=53, form=form, scales=SCALES
+        [True, False],
+        64,
+        requests=2,
+        max_tokens=1700,
+        recent_size=700,
+        seed=53,
+        form=form,
+        scales=SCALES,
     )
     sequences = make_sequences([1700, 1100], 2, 3, 64, torch.float32, seed=54)
     serve(store, sequences, lambda left: min(left, 1 if left <= 10 else min(left - 10, 650)), 0.125)

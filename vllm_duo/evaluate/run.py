@@ -33,6 +33,9 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``; stock's own attention where ``sparsity`` is None.
 
+    Full attention keeps its cache in the model's own dtype, whatever ``kv_cache_dtype`` duo's has: what
+    quantising costs is part of what is judged.
+
     Args:
         settings: of the run.
         sparsity: share of the KV heads that stream.
@@ -47,7 +50,9 @@ def engine_arguments(
         "seed": settings.seed,
         **settings.engine,
     }
-    if sparsity is not None:
+    if sparsity is None:
+        arguments.pop("kv_cache_dtype", None)
+    else:
         arguments["attention_backend"] = "duo"
         arguments["additional_config"] = {"duo": settings.duo(sparsity)}
     return arguments

@@ -5,9 +5,9 @@ keeps NaN; a token's own scale is its greatest magnitude over the greatest numbe
 saturates, and is NaN or infinite where the token is.
 
 Four bits have room for few outliers, and keys have some in the same channels of every token. They are
-therefore rotated first (QuaRot, arXiv:2404.00456): signs, then Hadamard's matrix in blocks of the largest
-power of two that divides the head size. Queries are rotated alike and outputs back, so attention stays
-what it is.
+therefore rotated first (QuaRot, arXiv:2404.00456): signs, then Hadamard's matrix in blocks of the
+largest power of two that divides the head size. Queries are rotated alike and outputs back, so
+attention stays what it is.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def dequantise(
         return keys * key_scale, values * value_scale
     scales = rows[..., 2 * size :].contiguous().view(torch.float32).double()
     keys, values = keys * scales[..., :1], values * scales[..., 1:]
-    return (_rotate(keys, back=True), _rotate(values, back=True)) if _is_rotated(form) else (keys, values)
+    if _is_rotated(form):
+        return _rotate(keys, back=True), _rotate(values, back=True)
+    return keys, values
 
 
 def _numbers(
@@ -95,7 +97,8 @@ def _numbers(
     if form.number == "int8":
         return scaled.round().to(torch.int8).view(torch.uint8), scales
     if form.number == "int4":
-        low, high = scaled.round().to(torch.int8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        numbers = scaled.round().to(torch.int8).view(torch.uint8)
+        low, high = numbers[..., ::2], numbers[..., 1::2]
         return (low & 15) | (high << 4), scales
     return scaled.to(_FLOAT8[form.number]).view(torch.uint8), scales
 
@@ -123,9 +126,9 @@ def _rotate(tensor: torch.Tensor, *, back: bool = False) -> torch.Tensor:
     block = size & -size
     distance = 1
     while distance < block:
-        pairs = tensor.unflatten(-1, (-1, 2, distance))
-        first, second = pairs.unbind(-2)
-        tensor = torch.stack([first + second, first - second], -2).flatten(-3)
+        pairs = tensor.reshape(*tensor.shape[:-1], -1, 2, distance)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        tensor = torch.stack([first + second, first - second], -2).reshape(tensor.shape)
         distance *= 2
     tensor = tensor * torch.tensor(1.0 / math.sqrt(block), dtype=tensor.dtype)
     return tensor * signs if back else tensor
