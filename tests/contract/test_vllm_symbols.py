@@ -142,7 +142,10 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             "vllm.config:ParallelConfig",
             members("decode_context_parallel_size", "prefill_context_parallel_size"),
         ),
-        ("vllm.config:CacheConfig", members("cache_dtype", "kv_sharing_fast_prefill")),
+        (
+            "vllm.config:CacheConfig",
+            members("cache_dtype", "kv_cache_dtype_skip_layers", "kv_sharing_fast_prefill"),
+        ),
         ("vllm.config:CacheConfig", members("kv_offloading_size")),
         ("vllm.config:AttentionConfig", members("use_non_causal")),
         ("vllm.config:ModelConfig", members("uses_alibi", "has_noops", "rswa_window")),
@@ -310,7 +313,12 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.config:CacheConfig", members("block_size")),
         (
             "vllm.model_executor.layers.attention:Attention",
-            sets("impl", "head_size", "kv_cache_torch_dtype", "layer_name"),
+            sets("impl", "head_size", "kv_cache_dtype", "kv_cache_torch_dtype", "layer_name"),
+        ),
+        # Scales of a quantised cache, on the host.
+        (
+            "vllm.model_executor.layers.attention:Attention",
+            beside("    layer._k_scale_float = 1.0\n", "    layer._v_scale_float = 1.0\n"),
         ),
         ("vllm.model_executor.layers.attention:Attention.get_kv_cache_spec", takes("vllm_config")),
         # Layers are renamed after loading: the model must ask for their name as it runs.
@@ -318,6 +326,8 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
     ],
     "attention/specs.py": [
         ("vllm.utils.torch_utils:get_dtype_size", None),
+        (f"{INTERFACE}:get_kv_quant_mode", takes("kv_cache_dtype")),
+        (f"{INTERFACE}:AttentionSpec", members("kv_quant_mode", "state_content_bytes")),
         ("vllm.distributed:get_tensor_model_parallel_rank", None),
         ("vllm.config:CacheConfig", members("block_size")),
         ("vllm.config:ParallelConfig", members("tensor_parallel_size")),
