@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+from vllm_duo.drafts import Drafts
 from vllm_duo.server_plan import resolve_plan
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
             dtype_bytes=model.dtype.itemsize,
             block_size=block_size,
             max_model_len=model.max_model_len,
+            drafts=Drafts.of(config),
         )
         # All that the specs read of an attention layer.
         layer: Any = SimpleNamespace(

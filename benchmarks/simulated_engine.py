@@ -146,24 +146,34 @@ class SimulatedEngine:
         )
 
     def sample(self, scheduled: SchedulerOutput) -> Any:
-        """The model's answer: a token for every request whose known tokens are all computed."""
+        """The model's answer, for every request whose known tokens are all computed.
+
+        A token, and one more for each draft that is what the model sampled before it.
+        """
         from vllm.v1.outputs import ModelRunnerOutput
 
         names = list(scheduled.num_scheduled_tokens)
         sampled = []
         for name in names:
             request = self.scheduler.requests[name]
-            whole = request.num_computed_tokens >= request.num_tokens
-            sampled.append([self._token(name, request.num_output_tokens)] if whole else [])
+            answer: list[int] = []
+            if request.num_computed_tokens >= request.num_tokens:
+                answer.append(self.token(name, request.num_output_tokens))
+                for draft in scheduled.scheduled_spec_decode_tokens.get(name, ()):
+                    if draft != answer[-1]:
+                        break
+                    answer.append(self.token(name, request.num_output_tokens + len(answer)))
+            sampled.append(answer)
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=sampled,
         )
 
-    def _token(self, name: str, index: int) -> int:
-        given = self.outputs.get(name)
-        return (index * 31 + 7) % 251 if given is None else given[index]
+    def token(self, name: str, index: int) -> int:
+        """What the model samples as a request's token of this number, whatever came before."""
+        given = self.outputs.get(name, ())
+        return given[index] if index < len(given) else (index * 31 + 7) % 251
 
 
 def make_engine(
@@ -182,6 +192,7 @@ def make_engine(
     hash_function: Callable[[Any], bytes] | None = None,
     duo: dict[str, Any] | None = None,
     async_scheduling: bool = False,
+    num_speculative_tokens: int = 0,
 ) -> SimulatedEngine:
     """Make an engine as vLLM's engine core does, from a config alone.
 
@@ -200,6 +211,7 @@ def make_engine(
         hash_function: of prefix caching; default: vLLM's default, SHA-256.
         duo: more settings of duo's section, such as ``sink_size``.
         async_scheduling: a step is scheduled before the one ahead of it has ended, as on GPUs.
+        num_speculative_tokens: drafts of a step at most; whoever steps the engine has to make them.
 
     Raises:
         ValueError: the pool cannot hold one request of ``max_model_len`` tokens (vLLM's message).
@@ -220,6 +232,9 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         scheduling_policy=scheduling_policy,
+        speculative_config={"method": "ngram", "num_speculative_tokens": num_speculative_tokens}
+        if num_speculative_tokens
+        else None,
     )
     config.cache_config.enable_prefix_caching = prefix_caching
     # vLLM's CPU platform switches it off, but the scheduler is the same everywhere.

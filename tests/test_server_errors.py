@@ -9,14 +9,17 @@ import json
 import logging
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import vllm.platforms
+from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo import support
+from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern
 
 PATTERN = "0.0\t1.0\n1.0\t0.25\n"  # 2 layers, 2 KV heads
@@ -110,6 +113,7 @@ ROWS = {
     "ALiBi by setting": ("ALiBi",),
     "encoder-decoder models": ("encoder-decoder models", "multimodal input"),
 }
+METHODS = set(get_args(SpeculativeMethod))
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
@@ -133,10 +137,6 @@ REFUSED_SETTINGS = {
     "prefill-context parallelism": (
         "--prefill-context-parallel-size 2: not tested yet, set it to 1",
         {"prefill_context_parallel_size": 2},
-    ),
-    "speculative decoding": (
-        "speculative decoding: not tested yet, remove --speculative-config",
-        {"speculative_config": NGRAM},
     ),
     "quantised KV cache, other formats": (
         "--kv-cache-dtype nvfp4: use one of auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2, "
@@ -247,6 +247,14 @@ def messages():
     logger.setLevel(level)
 
 
+def drafting(method, async_scheduling=False):
+    """What of a server's config says how it drafts."""
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method),
+        scheduler_config=SimpleNamespace(async_scheduling=async_scheduling),
+    )
+
+
 def reasons_of(serve, *args, **settings) -> list[str]:
     with pytest.raises(NotImplementedError, match="does not support this server") as caught:
         serve(*args, **settings)
@@ -277,6 +285,68 @@ class TestRefusals:
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
         (reason,) = reasons_of(serve)
         assert reason.endswith("not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0")
+
+    @pytest.mark.refused("speculative decoding, EAGLE, MTP, Medusa and the like")
+    def test_drafts_of_an_eagle_head(self, serve, tmp_path):
+        drafts = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": 2}
+        (reason,) = reasons_of(serve, speculative_config=drafts)
+        assert reason.startswith("speculative decoding by 'eagle': ")
+        assert reason.endswith(
+            "use one of ngram, custom_class, draft_model or remove --speculative-config"
+        )
+
+    @pytest.mark.parametrize("method", sorted(METHODS - {"ngram", "custom_class", "draft_model"}))
+    def test_every_other_way_to_draft(self, method):
+        (reason,) = support._speculation(drafting(method))
+        assert reason.startswith(f"speculative decoding by {method!r}: ")
+
+    @pytest.mark.parametrize(
+        ("config", "drafts", "reason"),
+        [
+            (LLAMA, {"parallel_drafting": True}, "drafting in parallel is not tested"),
+            (LLAMA, {"attention_backend": "CPU_ATTN"}, "the attention backend CPU_ATTN: all"),
+            (LLAMA, {"kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's own"),
+            (LLAMA | {"head_dim": 24}, {}, "the head size 24: supported are"),
+        ],
+    )
+    def test_draft_model(self, serve, tmp_path, config, drafts, reason):
+        folder = tmp_path / "draft"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"pard_token": 1}))
+        given = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+        (found,) = reasons_of(serve, speculative_config=given | drafts)
+        assert found.startswith(f"the draft model: {reason}")
+
+    @pytest.mark.refused("draft model with tensor parallelism")
+    def test_draft_model_over_several_ranks(self, serve, tmp_path):
+        folder = tmp_path / "draft"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(LLAMA))
+        drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+        (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
+        assert reason == (
+            "the draft model: --tensor-parallel-size 2 is not tested with one; use ngram or set it "
+            "to 1"
+        )
+
+    def test_draft_model_with_a_quantised_cache(self, serve, tmp_path):
+        folder = tmp_path / "draft"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(LLAMA))
+        drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+        (reason,) = reasons_of(serve, speculative_config=drafts, kv_cache_dtype="fp8")
+        assert reason == (
+            "the draft model: --kv-cache-dtype fp8 is not tested with one; use ngram or auto"
+        )
+
+    def test_drafts_with_steps_planned_ahead(self):
+        (reason,) = support._speculation(drafting("ngram", async_scheduling=True))
+        assert reason.endswith("use --no-async-scheduling")
+
+    def test_drafts_on_a_gpu(self, platform):
+        platform("cuda")
+        (reason,) = support._speculation(drafting("ngram"))
+        assert reason.startswith("speculative decoding on a GPU: not tested yet")
 
     def test_every_reason_is_told_at_once(self, serve):
         reasons = reasons_of(serve, MISTRAL, pipeline_parallel_size=2, kv_cache_dtype="nvfp4")
@@ -376,6 +446,22 @@ class TestGoodServers:
         config = serve(enable_prefix_caching=enabled)
         assert config.cache_config.enable_prefix_caching is enabled
         assert [text for level, text in messages if level == "WARNING"] == []
+
+    def test_draft_models_layers_run_duo_too(self, serve, tmp_path):
+        folder = tmp_path / "draft"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(LLAMA))
+        drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3}
+        config = serve(speculative_config=drafts)
+        assert config.speculative_config.attention_backend is AttentionBackendEnum.CUSTOM
+        # 2 layers of 2 KV heads of 16 elements.
+        assert Drafts.of(config) == Drafts(size=3, token_bytes=2 * 2 * 2 * 16 * 4)
+
+    def test_drafts_lengthen_the_ring(self, serve, messages):
+        config = serve(duo={"sink_size": 4}, speculative_config=NGRAM)
+        ((_, text), *_) = messages
+        assert text.endswith("sink 4 + recent 256 tokens and 2 slots for drafts")
+        assert Drafts.of(config) == Drafts(size=2)
 
     @pytest.mark.parametrize(
         "config",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_duo.config import SECTION, DuoConfig, ResolvedDuo, resolve
+from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.ranks import heads_per_rank, own_heads
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BACKEND_PATH = "vllm_duo.attention.backend.DuoAttentionBackend"
+NO_DRAFTS = Drafts()
 
 # Every layer of a model asks for the same one.
 _plan_layout = lru_cache(maxsize=8)(plan_layout)
@@ -82,6 +84,7 @@ class ServerPlan:
         row_bytes: int | None = None,
         block_size: int,
         max_model_len: int,
+        drafts: Drafts = NO_DRAFTS,
     ) -> Layout:
         """Block sizes and bins of both classes, of all ranks.
 
@@ -94,6 +97,7 @@ class ServerPlan:
             row_bytes: bytes of a token in one KV head of a quantised cache.
             block_size: tokens of a retrieval block, vLLM's ``--block-size``.
             max_model_len: longest request, in tokens.
+            drafts: what speculative decoding adds.
 
         Raises:
             ValueError: the KV heads cannot be split over the ranks.
@@ -105,10 +109,12 @@ class ServerPlan:
                 dtype_bytes=dtype_bytes,
                 row_bytes=row_bytes,
                 tensor_parallel_size=self.tensor_parallel_size,
+                draft_token_bytes=drafts.token_bytes,
             ),
             block_size=block_size,
             sink_size=min(self.resolved.sink_size, max_model_len),
             recent_size=min(self.resolved.recent_size, max_model_len),
+            draft_size=drafts.size,
         )
 
     def split_costs(self, layout: Layout, num_tokens: int) -> tuple[SplitCost, SplitCost | None]:

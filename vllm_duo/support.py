@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
+from vllm_duo.drafts import DRAFT_MODEL, DRAFTS_OF_TOKENS
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.model_facts import ModelFacts, model_refusals
@@ -35,6 +37,7 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         *platform_refusals(vllm_config.additional_config),
         *model_refusals(facts_of(vllm_config.model_config)),
         *_parallelism(vllm_config),
+        *_speculation(vllm_config),
         *_features(vllm_config),
     ]
 
@@ -184,10 +187,76 @@ def _quantised_cache(cache: CacheConfig) -> Iterator[str]:
         yield "--kv-cache-dtype-skip-layers: all layers' caches are of one type"
 
 
+def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
+    """Why the drafts of ``--speculative-config`` cannot be served, if so."""
+    from vllm.platforms import current_platform
+
+    speculation = vllm_config.speculative_config
+    if speculation is None:
+        return
+    if not current_platform.is_cpu():
+        yield "speculative decoding on a GPU: not tested yet, remove --speculative-config"
+    if vllm_config.scheduler_config.async_scheduling:
+        yield (
+            "speculative decoding with --async-scheduling: a step would be planned before it is known "
+            "which drafts of the last one stay; use --no-async-scheduling"
+        )
+    method = speculation.method
+    if method in DRAFTS_OF_TOKENS:
+        return
+    if method == DRAFT_MODEL:
+        yield from _draft_model(vllm_config)
+        return
+    if method in ("suffix", "ngram_gpu"):
+        why = "not tested yet"
+    else:
+        why = "its layers would read the model's own caches or hidden states, which is not tested"
+    yield (
+        f"speculative decoding by {method!r}: {why}; use one of "
+        f"{', '.join((*DRAFTS_OF_TOKENS, DRAFT_MODEL))} or remove --speculative-config"
+    )
+
+
+def draft_model_refusals(ranks: int, cache_dtype: str) -> Iterator[str]:
+    """Why no draft model runs on so many tensor-parallel ranks or with such a cache, if so."""
+    if ranks > 1:
+        yield (
+            f"the draft model: --tensor-parallel-size {ranks} is not tested with one; use "
+            f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
+        )
+    if cache_dtype in FORMATS:
+        yield (
+            f"the draft model: --kv-cache-dtype {cache_dtype} is not tested with one; use "
+            f"{DRAFTS_OF_TOKENS[0]} or auto"
+        )
+
+
+def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
+    """Why this model cannot draft, if so."""
+    speculation = vllm_config.speculative_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    yield from draft_model_refusals(ranks, vllm_config.cache_config.cache_dtype)
+    # vLLM calls a drafting model's task "draft".
+    facts = replace(facts_of(speculation.draft_model_config), runner_type="generate")
+    for reason in model_refusals(facts):
+        yield f"the draft model: {reason}"
+    if speculation.parallel_drafting:
+        yield "the draft model: drafting in parallel is not tested"
+    backend = vllm_config.attention_config.backend
+    if speculation.attention_backend not in (None, backend):
+        yield (
+            f"the draft model: the attention backend {speculation.attention_backend.name}: all "
+            "attention layers must run duo, leave it out"
+        )
+    if speculation.kv_cache_dtype not in (None, "auto"):
+        yield (
+            f"the draft model: the KV cache {speculation.kv_cache_dtype}: it has the model's own type, "
+            "leave it out"
+        )
+
+
 def _features(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding: not tested yet, remove --speculative-config"
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors (--kv-transfer-config): they do not see the streaming caches"
     if vllm_config.kv_events_config is not None and (

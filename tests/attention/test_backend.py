@@ -28,7 +28,7 @@ class Config(SimpleNamespace):
 def config(monkeypatch):
     pattern = HeadPattern(np.array([[0.0, 1.0], [1.0, 0.0]]))
     plan = ServerPlan(pattern, resolve(DuoConfig(), pattern))
-    config = Config()
+    config = Config(speculative_config=None)
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
     monkeypatch.setattr(specs, "resolve_plan", lambda _: plan)
     return config
@@ -68,7 +68,7 @@ def test_layer_with_other_kv_heads_is_refused_before_weights_load(config):
 
 def test_plan_is_forgotten_with_its_config(config, monkeypatch):
     """A process that makes one engine after another must get the first one's memory back."""
-    configs = [Config()]
+    configs = [Config(speculative_config=None)]
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: configs[0])
     layer, watch, key = make_layer(), weakref.ref(configs[0]), id(configs[0])
     assert key in specs._plans

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_duo.attention.metadata import make_batch
+from vllm_duo.attention.metadata import DuoMetadataBuilder, make_batch
+from vllm_duo.kv_cache.spec import RetrievalSpec
 
 
 def common(query_lens, seq_lens):
@@ -40,3 +43,19 @@ def test_leading_requests_of_one_token_are_decodes(query_lens, num_decodes):
     assert batch.num_decode_tokens == num_decodes
     assert batch.query_lens.tolist() == query_lens
     assert batch.context_lens.tolist() == [10] * len(query_lens)
+
+
+def test_a_draft_models_passes_share_nothing():
+    """vLLM lengthens the requests of one metadata object in place from pass to pass."""
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=3, parallel_drafting=False),
+        use_v2_model_runner=False,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    spec = RetrievalSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    builder = DuoMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+    given, contexts = common([1, 1], [30, 40]), []
+    for index in range(3):
+        contexts.append(builder.build_for_drafting(given, index).batch.context_lens.tolist())
+        given.seq_lens += 1
+    assert contexts == [[29, 39], [30, 40], [31, 41]]

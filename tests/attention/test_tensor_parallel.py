@@ -28,6 +28,7 @@ from vllm_duo.attention import specs
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.attention.sibling_cache import UNUSED_SUFFIX
 from vllm_duo.compat.pool_report import check_and_report, check_groups
+from vllm_duo.drafts import Drafts
 from vllm_duo.heads.discovery import PUBLISHED, list_shipped
 from vllm_duo.kv_cache.layout import Layout
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
@@ -73,7 +74,7 @@ class Split:
 def split(tmp_path, monkeypatch):
     """Makes the attention layers of all ranks as a model's constructor and loader do."""
 
-    def split(mask, ranks, **duo) -> Split:
+    def split(mask, ranks, drafts=0, **duo) -> Split:
         mask = np.asarray(mask, dtype=bool)
         layers, kv_heads = mask.shape
         heads = max(kv_heads, ranks) * 2
@@ -91,6 +92,8 @@ def split(tmp_path, monkeypatch):
             "max_position_embeddings": 4096,
         }
         (tmp_path / "config.json").write_text(json.dumps(config_json))
+        section = {"threshold": 0.5} | duo
+        ngram = {"method": "ngram", "num_speculative_tokens": drafts}
         config = EngineArgs(
             model=str(tmp_path),
             load_format="dummy",
@@ -99,7 +102,8 @@ def split(tmp_path, monkeypatch):
             block_size=16,
             attention_backend="duo",
             tensor_parallel_size=ranks,
-            additional_config={"duo": {"threshold": 0.5} | duo},
+            additional_config={"duo": {k: v for k, v in section.items() if v is not None}},
+            speculative_config=ngram if drafts else None,
         ).create_engine_config()
         context = config.compilation_config.static_forward_context
         rank_specs, heads_by_rank = [], []
@@ -127,7 +131,11 @@ def split(tmp_path, monkeypatch):
         supported = [found.name for found in get_supported_kv_cache_layouts([DuoAttentionBackend])]
         resolve_kv_cache_layout(config, [supported], rank_specs[0].values())
         layout = specs.plan_of(config).layout(
-            head_size=HEAD_SIZE, dtype_bytes=4, block_size=16, max_model_len=4096
+            head_size=HEAD_SIZE,
+            dtype_bytes=4,
+            block_size=16,
+            max_model_len=4096,
+            drafts=Drafts.of(config),
         )
         return Split(config, layout, mask, rank_specs, heads_by_rank)
 
@@ -241,6 +249,23 @@ def test_scheduler_gets_all_groups_and_the_widest_ranks_block(split):
     layout = check_and_report(found.config, config)
     assert layout == found.layout
     assert layout.block_bytes >= max(rank_block_bytes(layout, rank) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("balance", [False, True])
+@pytest.mark.parametrize("mask", ["mixed", "retrieval on the first ranks alone"])
+def test_drafts_lengthen_the_ring_of_every_rank(split, mask, balance):
+    balanced = {"threshold": None, "sparsity": 0.5, "balance": True}
+    found = split(MASKS[mask], 2, drafts=5, **(balanced if balance else {}))
+    check(found)
+    rings = [
+        {spec.span.ring_size for spec in own.values() if isinstance(spec, StreamingSpec)}
+        for own in found.rank_specs
+    ]
+    assert rings == [{256 + 5}] * 2
+    config = kv_cache_utils.generate_scheduler_kv_cache_config(found.configs())
+    assert check_and_report(found.config, config) == found.layout
+    if balance:
+        assert [rank.num_retrieval for rank in found.layout.ranks] == [3, 3]
 
 
 def test_a_cache_that_was_not_planned_is_noticed(split):

@@ -46,6 +46,7 @@ def test_every_flag_counts(run, model):
         *("plan", model, "--pattern", PATTERN, "--threshold", "0.9", "--sink-size", "10"),
         *("--recent-size", "20", "--tp", "2", "--dtype", "float32", "--block-size", "16"),
         *("--max-model-len", "auto", "--kv-cache-gib", "0.5", "--lengths", "64,128", "--json"),
+        *("--num-speculative-tokens", "3"),
     )
     plan = Plan.model_validate_json(out)
     found = plan.settings
@@ -53,8 +54,18 @@ def test_every_flag_counts(run, model):
     assert (found.sink_size, found.recent_size, found.block_size) == (10, 20, 16)
     assert (found.tensor_parallel_size, found.dtype) == (2, "float32")
     assert found.kv_cache_bytes == 2**29
+    assert (found.num_speculative_tokens, found.draft_model) == (3, None)
     assert found.max_model_len == plan.longest_request_tokens
     assert [length.tokens for length in plan.by_length][:2] == [64, 128]
+
+
+def test_a_draft_model_is_planned_with(run, model):
+    arguments = ["plan", model, "--pattern", PATTERN, "--kv-cache-gib", "4", "--json"]
+    drafts = ["--num-speculative-tokens", "3", "--draft-model", model]
+    plain, drafting = (Plan.model_validate_json(run(*arguments, *more)[1]) for more in ([], drafts))
+    assert drafting.settings.draft_model == model
+    # Half of the heads retrieve, and all of as many again.
+    assert drafting.bytes_per_token == 3 * plain.bytes_per_token
 
 
 def test_balance_is_a_setting_of_the_server(run, model):
@@ -111,6 +122,11 @@ def test_plot(run, model, tmp_path, suffix):
         (["--max-model-len", "32k"], "expected a whole number of tokens or auto, got '32k'"),
         (["--max-model-len", "0"], "--max-model-len: expected more than 0, got 0"),
         (["--block-size", "0"], "--block-size: expected more than 0, got 0"),
+        (
+            ["--num-speculative-tokens", "-1"],
+            "--num-speculative-tokens: expected 0 or more, got -1",
+        ),
+        (["--draft-model", "x"], "--draft-model: expected --num-speculative-tokens of 1 or more"),
         (["--tp", "3"], "8 KV heads cannot be split over 3 ranks"),
         (["--tp", "0"], "--tp: expected more than 0, got 0"),
         (["--dtype", "int8"], "--dtype: expected one of auto, half, float, float16"),

@@ -104,6 +104,22 @@ def test_foreign_cache_is_refused_by_name(foreign):
         kv_cache_utils.get_kv_cache_groups(SERVER, specs)
 
 
+@pytest.mark.parametrize("heads", [((1, 1), (1, 1)), ((0, 0), (2, 2)), ((2, 2), (0, 0))])
+def test_a_draft_models_layers_join_the_retrieval_heads(heads):
+    """vLLM looks for a draft model's layers in one group, the first; its heads have another size."""
+    layout = layout_of(*heads, draft_token_bytes=2 * 3 * 2 * 8 * 4)
+    drafts = {
+        f"draft_model.model.layers.{layer}.self_attn.attn": RetrievalSpec(
+            block_size=16, num_kv_heads=3, head_size=8, dtype=torch.float32
+        )
+        for layer in range(2)
+    }
+    groups = kv_cache_utils.get_kv_cache_groups(SERVER, specs_of(layout) | drafts)
+    assert drafts.keys() <= set(groups[0].layer_names)
+    assert len(groups) == layout.num_groups
+    assert max(group.kv_cache_spec.page_size_bytes for group in groups) == layout.block_bytes
+
+
 def test_without_streaming_caches_vllms_own_function_decides():
     calls = []
     module = SimpleNamespace(get_kv_cache_groups=lambda *given: calls.append(given) or "vLLM's")

@@ -101,6 +101,7 @@ COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
 FLASH = "vllm.v1.attention.backends.fa_utils"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
+DRAFTERS = "vllm.v1.spec_decode"
 
 # By our file: symbol (module:attribute) and check; None asks only that it exists.
 SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
@@ -122,7 +123,21 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.config:ModelConfig.get_total_num_hidden_layers", None),
         ("vllm.config:ModelConfig.get_total_num_kv_heads", None),
     ],
+    "drafts.py": [
+        (
+            "vllm.config:SpeculativeConfig",
+            members("method", "num_speculative_tokens", "draft_model_config"),
+        ),
+        (f"{DRAFTERS}.draft_model:DraftModelProposer._get_model", names('prefix="draft_model"')),
+        (
+            f"{DRAFTERS}.draft_model:DraftModelProposer._create_draft_vllm_config",
+            names("model_config=spec.draft_model_config"),
+        ),
+        ("vllm.config:VllmConfig", members("num_lookahead_tokens")),
+    ],
     "support.py": [
+        ("vllm.config:SchedulerConfig", members("async_scheduling")),
+        ("vllm.config:SpeculativeConfig", members("parallel_drafting", "kv_cache_dtype")),
         ("vllm.platforms.interface:Platform", members("is_cpu", "device_name")),
         ("vllm.config:ModelConfig", sets("runner_type", by="__post_init__")),
         (
@@ -161,6 +176,12 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.platforms:current_platform", None),
         ("vllm.platforms.cpu:CpuPlatform.check_and_update_config", takes("vllm_config")),
         ("vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls", takes("selected_backend")),
+    ],
+    "compat/cpu_platform.py, draft models": [
+        (
+            f"{DRAFTERS}.llm_base_proposer:SpecDecodeBaseProposer._create_draft_vllm_config",
+            names("backend=spec_cfg.attention_backend"),
+        ),
     ],
     "compat/coordinator.py": [
         ("vllm.v1.core.kv_cache_manager:get_kv_cache_coordinator", None),
@@ -270,10 +291,23 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
     "kv_cache/snapshot_manager.py": [
         (f"{UTILS}:resolve_block_hashes", None),
         ("vllm.v1.request:Request", sets("shared_prefix_boundary", "block_hashes")),
+        # No draft is counted as known before it is accepted.
+        (
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+            names("num_tokens_to_cache = min(", "            request.num_tokens,\n"),
+        ),
         (f"{MANAGERS}:SingleTypeKVCacheManager._get_num_evictable_blocks", takes("blocks")),
     ],
     "compat/preempted_pages.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", takes("request")),
+    ],
+    "compat/draft_count.py": [
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",
+            takes("draft_token_ids"),
+        ),
+        ("vllm.v1.core.sched.scheduler:Scheduler", sets("num_spec_tokens")),
+        ("vllm.v1.outputs:DraftTokenIds", members("draft_token_ids")),
     ],
     "compat/snapshot_orders.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler.schedule", None),
@@ -351,6 +385,10 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (
             f"{BACKEND}:AttentionMetadataBuilder._init_reorder_batch_threshold",
             takes("supports_spec_as_decode"),
+        ),
+        (
+            f"{BACKEND}:AttentionMetadataBuilder.build_for_drafting",
+            takes("common_attn_metadata", "draft_index"),
         ),
         (f"{BACKEND}:AttentionMetadataBuilder", members("_cudagraph_support")),
         (f"{BACKEND}:AttentionCGSupport", members("UNIFORM_BATCH")),

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import os
 
-# vLLM reads these when it is imported.
+# vLLM reads these when it is imported. Numba would compile its n-gram proposer for half a minute.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_LOGGING_LEVEL="WARNING",
+    NUMBA_DISABLE_JIT="1",
 )
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
 from tests.models.random_models import make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_once():
+    """vLLM registers its CPU kernels at every start of an engine, and fails once numba is loaded.
+
+    Its search through all modules (``vllm.triton_utils.dispatcher``) trips over llvmlite's functions.
+    What the first engine of a process has registered stays.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    own, done = CpuPlatform.register_triton_kernel_overrides, []
+
+    def once(cls):
+        if not done:
+            done.append(own())
+
+    CpuPlatform.register_triton_kernel_overrides = classmethod(once)
+    yield
+    CpuPlatform.register_triton_kernel_overrides = own
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ SERVER_ENV = {
     # vLLM's own binding would put two servers of two test processes on the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "INFO",
+    "NUMBA_DISABLE_JIT": "0",
 }
 FLAGS = ["--dtype", "float32", "--max-model-len", "4096", "--served-model-name", "needle"]
 

@@ -35,6 +35,8 @@ class Stepper:
         self.preempted = Counter()
         self.withdrawn = 0
         self.borrowed = []
+        # Tokens for which a request may hold blocks beyond those that it has computed.
+        self.drafts = self.scheduler.num_spec_tokens + self.scheduler.num_lookahead_tokens
         preempt = self.scheduler._preempt_request
 
         def record(request, *args, **kwargs):
@@ -110,12 +112,12 @@ class Stepper:
         check_integrity(self.running.manager, self.borrowed)
         running = {request.request_id: request for request in self.scheduler.running}
         for manager in self.running.manager.coordinator.single_type_managers:
-            check_tables(manager, running)
+            check_tables(manager, running, self.drafts)
 
 
-def check_tables(manager, running):
+def check_tables(manager, running, drafts=0):
     """One group's tables are those of running requests, as long as the formulas say, and its
-    snapshots are settled."""
+    snapshots are settled. Blocks that were claimed for drafts stay when these are rejected."""
     assert manager.req_to_blocks.keys() <= running.keys(), (
         "a request that does not run holds blocks"
     )
@@ -123,10 +125,12 @@ def check_tables(manager, running):
     for request_id, table in manager.req_to_blocks.items():
         num_tokens = running[request_id].num_computed_tokens
         if isinstance(manager, RingManager):
-            assert len(table) == manager.allocator.span.blocks(num_tokens)
+            blocks = manager.allocator.span.blocks
+            assert blocks(num_tokens) <= len(table) <= blocks(num_tokens + drafts)
             assert all(block.block_hash is None for block in table)
         else:
-            assert len(table) == cdiv(num_tokens, manager.block_size)
+            most = cdiv(num_tokens + drafts, manager.block_size)
+            assert cdiv(num_tokens, manager.block_size) <= len(table) <= most
             assert all(block.block_hash is not None for block in table if block.ref_cnt > 1)
     if isinstance(manager, SnapshotManager):
         assert (manager._orders, manager.snapshots.held, manager._late) == ([], [], [])

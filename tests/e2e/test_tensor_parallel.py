@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
 import pytest
 
+from tests.e2e.drafts import TEXTS, Outcomes
 from tests.e2e.engine import MAX_NEW_TOKENS, engine, write_pattern
 from tests.e2e.needle import FLAGS, MODEL, SERVER_ENV, greedy_ids, prompts
 from tests.e2e.test_exactness import mask_of, prompts_of
@@ -19,6 +21,7 @@ from vllm_duo.planning.plan import PlanRequest, plan_memory
 pytestmark = pytest.mark.engine
 
 SINK, RECENT = 20, 75
+SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
 LENGTHS = (1, 19, 333, 700)
 # Layer by layer; two ranks have the left and the right half. "apart": rank 0 has no streaming heads,
 # rank 1 no retrieval heads. "crossed": layers of one class on a rank, of the other or of both on the
@@ -81,9 +84,11 @@ def test_plan_has_the_servers_figures(two_ranks):
     assert f"{heads[0]} to {heads[1]} retrieval heads a rank" in note
 
 
-def run(checkpoint, tmp_path, mask, *, ranks=2, shape=None, **settings):
+def run(
+    checkpoint, tmp_path, mask, *, ranks=2, shape=None, watch=lambda scheduler: None, **settings
+):
     """Ask the same twice; with prefix caching the second time resumes at snapshots."""
-    model = checkpoint(shape or Shape("llama", group=2, head_size=32, kv_heads=4))
+    model = checkpoint(shape or SHAPE)
     prompts = prompts_of(LENGTHS)
     with engine(
         model,
@@ -95,6 +100,7 @@ def run(checkpoint, tmp_path, mask, *, ranks=2, shape=None, **settings):
         distributed_executor_backend="mp",
         **settings,
     ) as running:
+        watch(running.core.scheduler)
         answers = running.generate(prompts) + running.generate(prompts)
     oracle = Oracle(model, mask, SINK, RECENT)
     for prompt, answer in zip(prompts * 2, answers, strict=True):
@@ -120,6 +126,35 @@ def test_four_ranks_share_two_kv_heads(checkpoint, tmp_path):
     """More ranks than KV heads: vLLM copies them."""
     shape = Shape("llama", group=8, head_size=32, kv_heads=2)
     run(checkpoint, tmp_path, mask_of("mixed", 2), ranks=4, shape=shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.feature("speculative decoding, custom proposer")
+def test_drafts_change_no_token(caching, checkpoint, tmp_path, monkeypatch):
+    """Both ranks draft for themselves, and the same."""
+    asked, seen = prompts_of(LENGTHS), []
+    pattern = write_pattern(tmp_path / "pattern", MASKS["crossed"])
+    with engine(checkpoint(SHAPE), pattern, sink_size=SINK, recent_size=RECENT) as running:
+        answers = running.generate(asked)
+    texts = [prompt + list(answer.tokens) for prompt, answer in zip(asked, answers, strict=True)]
+    (tmp_path / "texts").write_text(json.dumps(texts))
+    monkeypatch.setenv(TEXTS, str(tmp_path / "texts"))
+    run(
+        checkpoint,
+        tmp_path,
+        MASKS["crossed"],
+        watch=lambda scheduler: seen.append(Outcomes(scheduler, monkeypatch)),
+        enable_prefix_caching=caching,
+        speculative_config={
+            "method": "custom_class",
+            "model": "tests.e2e.drafts.Scripted",
+            "num_speculative_tokens": 4,
+        },
+    )
+    (outcomes,) = seen
+    assert sum(outcomes.accepted[count] for count in range(1, 5)) > 20
+    assert sum(outcomes.rejected.values()) > 20
 
 
 @pytest.mark.slow

@@ -33,10 +33,15 @@ def layout_of(
     block_size: int = 16,
     sink_size: int = 16,
     recent_size: int = 32,
+    draft_token_bytes: int = 0,
 ) -> Layout:
     """The planned layout of heads by layer, in float32."""
     shape = KVShape(
-        retrieval_heads=retrieval, streaming_heads=streaming, head_size=HEAD_SIZE, dtype_bytes=4
+        retrieval_heads=retrieval,
+        streaming_heads=streaming,
+        head_size=HEAD_SIZE,
+        dtype_bytes=4,
+        draft_token_bytes=draft_token_bytes,
     )
     return plan_layout(shape, block_size=block_size, sink_size=sink_size, recent_size=recent_size)
 

@@ -10,10 +10,16 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from random import Random
 
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
 from benchmarks.simulated_engine import SimulatedEngine
 from tests.kv_cache.shadow_worker import ShadowWorker
 from vllm_duo.kv_cache.integrity import check_integrity
 from vllm_duo.kv_cache.layout import cdiv
+
+WRONG = 1000
+"""Added to a token that the model will sample, it is one that it will not."""
 
 
 @dataclass(eq=False)
@@ -22,9 +28,13 @@ class History:
 
     Attributes:
         engine: vLLM's scheduler and managers over a pool that is too small for all requests.
+        random: chooses how many drafts a request gets, and how many of them are right.
+        surplus: drafts beyond what the server was started for, at most.
     """
 
     engine: SimulatedEngine
+    random: Random = field(default_factory=lambda: Random(0))
+    surplus: int = 0
     counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def __post_init__(self) -> None:
@@ -70,11 +80,37 @@ class History:
         self.counts["hits"] += sum(new.num_computed_tokens for new in output.scheduled_new_reqs)
         self.check()
         before = dict(scheduler.requests)
-        scheduler.update_from_output(output, self.engine.sample(output))
+        sampled = self.engine.sample(output)
+        scheduler.update_from_output(output, sampled)
+        self._draft(output, sampled)
         for name, request in before.items():
             if name not in scheduler.requests:
                 self.ended = [*self.ended[-7:], list(request.all_token_ids)]
         self.check()
+
+    def _draft(self, output: SchedulerOutput, sampled: ModelRunnerOutput) -> None:
+        """Count what became of the step's drafts, and make new ones: some right, then wrong ones."""
+        for name, drafts in output.scheduled_spec_decode_tokens.items():
+            tokens = sampled.sampled_token_ids[sampled.req_id_to_index[name]]
+            self.counts["longest"] = max(self.counts["longest"], len(drafts))
+            self.counts["padding"] += drafts.count(-1)
+            self.counts["accepted"] += len(tokens) - 1
+            self.counts["rejected"] += len(drafts) + 1 - len(tokens)
+        scheduler = self.engine.scheduler
+        if scheduler.num_spec_tokens == 0:
+            return
+        requests = [r for r in map(scheduler.requests.get, output.num_scheduled_tokens) if r]
+        made = []
+        for request in requests:
+            count = self.random.randrange(scheduler.num_spec_tokens + self.surplus + 1)
+            right = self.random.randrange(count + 1)
+            after = [
+                self.engine.token(request.request_id, request.num_output_tokens + index)
+                for index in range(count)
+            ]
+            made.append(after[:right] + [token + WRONG for token in after[right:]])
+        names = [request.request_id for request in requests]
+        scheduler.update_draft_token_ids(DraftTokenIds(names, made))
 
     def abort(self, which: int) -> None:
         """Abort one of the requests that have not finished, in whatever state."""
@@ -109,6 +145,12 @@ class History:
         for request in self.engine.scheduler.running:
             tables = self.engine.manager.get_block_ids(request.request_id)
             tokens = request.num_computed_tokens
-            paged = [cdiv(tokens, self.layout.block_size)] * self.layout.has_retrieval
-            rings = [self.layout.span.blocks(tokens)] * len(self.layout.bins)
-            assert [len(table) for table in tables] == paged + rings, (request.request_id, tokens)
+            least, most = self._blocks(tokens), self._blocks(tokens + self.layout.span.draft_size)
+            for table, low, high in zip(tables, least, most, strict=True):
+                # Blocks that were claimed for drafts stay when these are rejected.
+                assert low <= len(table) <= high, (request.request_id, tokens)
+
+    def _blocks(self, tokens: int) -> list[int]:
+        """Blocks of each group for a request of so many tokens."""
+        paged = [cdiv(tokens, self.layout.block_size)] * self.layout.has_retrieval
+        return paged + [self.layout.span.blocks(tokens)] * len(self.layout.bins)

@@ -3,7 +3,7 @@
 It carries out scheduler outputs as the real worker does (the order of ``DuoAttentionImpl.forward``)
 and fails where a query would read anything but its own request's keys. Two requests with the same
 tokens (and salt) up to a position have the same key there, so hits are right exactly if the prefixes
-are.
+are. A draft has the key of its own token until the scheduler knows which token is in its place.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class ShadowWorker:
         # A request's tokens stay known when it is aborted before its step is carried out.
         self.requests: dict[str, Request] = {}
         self.keys: dict[str, list[int]] = {}
+        self.drafts: dict[str, list[int]] = {}
         self.restored = self.stored = self.steps = 0
 
     def execute(self, step: SchedulerOutput) -> dict[str, int]:
@@ -48,6 +49,7 @@ class ShadowWorker:
         """
         self.steps += 1
         self._update_tables(step)
+        self.drafts = step.scheduled_spec_decode_tokens
         context = self._context(step)
         spans = {r: (context[r], context[r] + n) for r, n in step.num_scheduled_tokens.items()}
         self.touched: dict[int, int] = {}
@@ -90,10 +92,16 @@ class ShadowWorker:
     def _key(self, request: str, position: int) -> int:
         """Stands for the key of this position: depends on all tokens up to it, and on the salt."""
         keys, known = self.keys[request], self.requests[request]
-        while len(keys) <= position:
+        while len(keys) <= position and len(keys) < known.num_tokens:
             before = keys[-1] if keys else known.cache_salt
             keys.append(hash((before, known.all_token_ids[len(keys)])))
-        return keys[position]
+        if position < known.num_tokens:
+            return keys[position]
+        key, ahead = keys[-1], position + 1 - known.num_tokens
+        assert ahead <= len(self.drafts[request])
+        for draft in self.drafts[request][:ahead]:
+            key = hash((key, draft))
+        return key
 
     def _table(self, group: int, request: str) -> list[int]:
         return self.tables[request][group]
@@ -143,7 +151,7 @@ class ShadowWorker:
             assert order.num_tokens == start
             self.restored += 1
             return
-        assert start <= order.num_tokens <= end
+        assert start - spec.draft_size <= order.num_tokens <= end
         self._write_ring(group, spec, list(order.blocks), order.request_id, start, order.num_tokens)
         self.stored += 1
 

@@ -100,6 +100,18 @@ def test_one_block_decides(plan_of, shape, sparsity, tokens, prefix_caching):
         assert int(plan(pool_bytes)[1].concurrent_requests) == wanted - missing
 
 
+@pytest.mark.parametrize(("drafts", "blocks"), [(64, 24 + 3), (65, 24 + 4)])
+def test_slots_for_drafts_are_counted(plan_of, drafts, blocks):
+    """320 slots and 64 for drafts are three blocks of 128; one more is a block."""
+    plan = plan_of("llama-3.1-8b", 0.5, 128, 2**34, 3000, num_speculative_tokens=drafts)
+    assert plan.by_length[-1].blocks == blocks
+    settings = {"max_model_len": 3000, "num_speculative_tokens": drafts}
+    pool_bytes = (1 + blocks) * plan.block_bytes
+    make_engine("duo", "llama-3.1-8b", pool_bytes=pool_bytes, **settings)
+    with pytest.raises(ValueError, match="To serve at least one request"):
+        make_engine("duo", "llama-3.1-8b", pool_bytes=pool_bytes - 1, **settings)
+
+
 @pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize(("shape", "sparsity"), CASES)
 class TestStartUp:

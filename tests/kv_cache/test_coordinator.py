@@ -75,9 +75,9 @@ def cached_state(coordinator):
     )
 
 
-@pytest.mark.parametrize(("name", "caching", "policy", "chunk"), CASES[::3])
-def test_short_answers_are_vllms_own(name, caching, policy, chunk, answers):
-    run(history_of(name, caching, policy, chunk, interval=12), Random(name), 150)
+@pytest.mark.parametrize(("name", "caching", "policy", "chunk", "drafts"), CASES[::5])
+def test_short_answers_are_vllms_own(name, caching, policy, chunk, drafts, answers):
+    run(history_of(name, caching, policy, chunk, 12, drafts), Random(name), 150)
     ways = ["missing", "allocate"] + ["cache"] * caching
     for way in [*ways, *(f"{way}, short" for way in ways)]:
         assert answers[way] > 0, way

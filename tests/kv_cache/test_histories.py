@@ -43,7 +43,9 @@ def patterns(tmp_path_factory):
 PATTERNS: dict[str, str] = {}
 
 
-def history_of(name: str, caching: bool, policy: str, chunk: int, interval: int) -> History:
+def history_of(
+    name: str, caching: bool, policy: str, chunk: int, interval: int, drafts: int = 0
+) -> History:
     """A new engine whose pool holds one and a half of its longest requests."""
     sink, recent = SIZES[name]
     shape = ModelShape(
@@ -62,6 +64,7 @@ def history_of(name: str, caching: bool, policy: str, chunk: int, interval: int)
             max_num_batched_tokens=chunk,
             prefix_caching=caching,
             scheduling_policy=policy,
+            num_speculative_tokens=drafts,
             duo={"sink_size": sink, "recent_size": recent, "snapshot_interval": interval},
         )
 
@@ -79,6 +82,7 @@ class HistoryMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         chunk=st.sampled_from([16, 32, 200]),
         interval=st.sampled_from([4, 12, 40]),
+        drafts=st.sampled_from([0, 0, 1, 3, 7]),
     )
     def start(self, **choices):
         self.history = history_of(**choices)
@@ -144,29 +148,33 @@ def run(history: History, random: Random, steps: int) -> None:
 
 
 CASES = [
-    (name, caching, policy, chunk)
+    (name, caching, policy, chunk, drafts)
     for name in MASKS
     for caching in (True, False)
     for policy in ("fcfs", "priority")
-    for chunk in (16, 48)
+    for chunk, drafts in ((16, 0), (48, 0), (16, 7), (48, 3))
 ]
+BY_CASE = pytest.mark.parametrize(("name", "caching", "policy", "chunk", "drafts"), CASES)
 
 
-@pytest.mark.parametrize(("name", "caching", "policy", "chunk"), CASES)
-def test_ten_thousand_steps(name, caching, policy, chunk):
-    history = history_of(name, caching, policy, chunk, interval=12)
-    run(history, Random(f"{name} {caching} {policy} {chunk}"), 10_000 // len(CASES) + 1)
+@BY_CASE
+def test_ten_thousand_steps(name, caching, policy, chunk, drafts):
+    history = history_of(name, caching, policy, chunk, interval=12, drafts=drafts)
+    seed = f"{name} {caching} {policy} {chunk} {drafts}"
+    run(history, Random(seed), 10_000 // len(CASES) + 1)
     counts = history.counts
     # What is to be survived has to happen.
     assert counts["preempted"] > 0
     assert counts["aborted"] > 0
     assert (counts["hits"] > 0) == caching
+    assert (counts["accepted"] > 10) == (counts["rejected"] > 10) == (drafts > 0)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize(("name", "caching", "policy", "chunk"), CASES)
-def test_soak(name, caching, policy, chunk):
-    history = history_of(name, caching, policy, chunk, interval=12)
-    run(history, Random(f"soak {name} {caching} {policy} {chunk}"), SOAK_STEPS // len(CASES))
+@BY_CASE
+def test_soak(name, caching, policy, chunk, drafts):
+    history = history_of(name, caching, policy, chunk, interval=12, drafts=drafts)
+    seed = f"soak {name} {caching} {policy} {chunk} {drafts}"
+    run(history, Random(seed), SOAK_STEPS // len(CASES))
     assert history.counts["steps"] >= SOAK_STEPS // len(CASES)

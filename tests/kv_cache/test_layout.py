@@ -42,15 +42,18 @@ spans = st.builds(
 )
 lengths = st.integers(1, 5000)
 shapes = st.builds(
-    lambda heads, head_size, dtype_bytes: KVShape(
+    lambda heads, head_size, dtype_bytes, draft_token_bytes: KVShape(
         retrieval_heads=tuple(retrieval for retrieval, _ in heads),
         streaming_heads=tuple(streaming for _, streaming in heads),
         head_size=head_size,
         dtype_bytes=dtype_bytes,
+        draft_token_bytes=draft_token_bytes,
     ),
     st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(any), min_size=1, max_size=12),
     st.sampled_from([16, 128]),
     st.sampled_from([2, 4]),
+    # A draft model's heads need not be as wide as the others.
+    st.sampled_from([0, 0, 96, 1536]),
 )
 plans = st.builds(
     plan_layout,
@@ -63,12 +66,13 @@ plans = st.builds(
 )
 
 
-def shape_of(retrieval: list[int], streaming: list[int]) -> KVShape:
+def shape_of(retrieval: list[int], streaming: list[int], drafts: int = 0) -> KVShape:
     return KVShape(
         retrieval_heads=tuple(retrieval),
         streaming_heads=tuple(streaming),
         head_size=16,
         dtype_bytes=4,
+        draft_token_bytes=drafts,
     )
 
 
@@ -116,12 +120,12 @@ def all_layouts(like: Layout):
     for bins in partitions([at for at, heads in enumerate(shape.streaming_heads) if heads]):
         width = max((sum(shape.streaming_heads[at] for at in layers) for layers in bins), default=0)
         for size in range(1, like.span.slots + 1):
-            heads = max(shape.num_retrieval * like.block_size, width * size)
+            paged = shape.paged_token_bytes * like.block_size
             yield replace(
                 like,
                 bins=tuple(map(tuple, bins)),
                 span=replace(like.span, block_size=size),
-                block_bytes=heads * shape.token_bytes,
+                block_bytes=max(paged, width * size * shape.token_bytes),
             )
 
 
@@ -129,14 +133,15 @@ few_layers = st.lists(
     st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(any), min_size=1, max_size=4
 ).filter(lambda heads: any(r for r, _ in heads) and any(s for _, s in heads))
 small_plans = st.builds(
-    lambda heads, block_size, sink_size, recent_size, reference_tokens: plan_layout(
-        shape_of([r for r, _ in heads], [s for _, s in heads]),
+    lambda heads, drafts, block_size, sink_size, recent_size, reference_tokens: plan_layout(
+        shape_of([r for r, _ in heads], [s for _, s in heads], drafts),
         block_size=block_size,
         sink_size=sink_size,
         recent_size=recent_size,
         reference_tokens=reference_tokens,
     ),
     few_layers,
+    st.sampled_from([0, 0, 96, 1536]),
     st.sampled_from([1, 3, 8, 16]),
     st.integers(0, 9),
     st.integers(1, 20),
@@ -200,6 +205,17 @@ class TestWorkedExamples:
         shape = KVShape(retrieval_heads=(3,), streaming_heads=(5,), head_size=128, dtype_bytes=2)
         layout = plan_layout(shape, block_size=16, sink_size=64, recent_size=256)
         assert layout.needed_bytes(1000) == 2_355_200
+
+    def test_a_draft_models_layers_are_paged(self):
+        """2 retrieval heads of 128 bytes a token, and a draft model of 96: 352 bytes each."""
+        shape = shape_of([1, 1], [3, 3], drafts=96)
+        layout = plan_layout(shape, block_size=16, sink_size=16, recent_size=16, draft_size=3)
+        assert shape.paged_token_bytes == 352
+        # 6 streaming heads of 128 bytes: 7 tokens of them in a block, so 35 slots are 5 blocks.
+        assert layout.block_bytes == 352 * 16
+        assert (layout.span.block_size, layout.blocks(160)) == (7, 10 + 5)
+        assert layout.needed_bytes(160) == 352 * 160 + 6 * 128 * 32
+        assert layout.full_attention_bytes(160) == (352 + 6 * 128) * 160
 
     def test_rest_of_a_full_run_is_waste_but_not_of_a_growing_one(self):
         layout = plan_layout(shape_of([1], [1]), block_size=16, sink_size=16, recent_size=24)
@@ -347,7 +363,8 @@ class TestLayoutProperties:
     @given(plans)
     def test_no_group_is_wider_than_a_block(self, layout):
         token, span = layout.shape.token_bytes, layout.span
-        groups = [sum(layout.shape.retrieval_heads) * layout.block_size * token]
+        paged = sum(layout.shape.retrieval_heads) * token + layout.shape.draft_token_bytes
+        groups = [paged * layout.block_size]
         for layers in layout.bins:
             heads = sum(layout.shape.streaming_heads[layer] for layer in layers)
             groups.append(heads * span.block_size * token)
@@ -362,7 +379,9 @@ class TestLayoutProperties:
             for position in range(num_tokens)
         )
         needed = sum(shape.retrieval_heads) * num_tokens + sum(shape.streaming_heads) * seen
-        assert layout.needed_bytes(num_tokens) == needed * 2 * shape.head_size * shape.dtype_bytes
+        drafts = shape.draft_token_bytes * num_tokens
+        needed *= 2 * shape.head_size * shape.dtype_bytes
+        assert layout.needed_bytes(num_tokens) == needed + drafts
 
     @given(plans, lengths)
     def test_held_bytes_cover_the_needed_ones(self, layout, num_tokens):
@@ -458,7 +477,8 @@ class TestLayoutProperties:
     def test_short_requests_hold_no_more_than_stock_and_a_block_a_group(self, layout):
         shape, slots = layout.shape, layout.span.slots
         assume(layout.has_retrieval and layout.bins)
-        size = shape.num_retrieval * layout.block_size // shape.num_streaming
+        paged = shape.paged_token_bytes * layout.block_size
+        size = paged // (shape.num_streaming * shape.token_bytes)
         assume(size * (size + 1) >= slots - 1)
         assert all(is_within_stock(layout, n) for n in range(1, slots + 50))
         assert is_within_stock(layout, 10**6)

@@ -37,14 +37,19 @@ MASKS = {
 }
 
 
-def split(mask, ranks: int = 2, *, block_size: int = 16) -> Layout:
+def split(
+    mask, ranks: int = 2, *, block_size: int = 16, draft_bytes: int = 0, drafts: int = 0
+) -> Layout:
     shapes = KVShape.split(
         [[bool(head) for head in layer] for layer in mask],
         head_size=16,
         dtype_bytes=4,
         tensor_parallel_size=ranks,
+        draft_token_bytes=draft_bytes,
     )
-    return plan_layout(shapes, block_size=block_size, sink_size=16, recent_size=32)
+    return plan_layout(
+        shapes, block_size=block_size, sink_size=16, recent_size=32, draft_size=drafts
+    )
 
 
 def published(name: str, ranks: int, *, balance: bool = False, block_size: int = 128):
@@ -98,6 +103,12 @@ class TestRankCaches:
         assert blocks == [6 * 16 * 128, 5 * 16 * 128]
         assert layout.block_bytes == blocks[0]
 
+    @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+    def test_a_draft_models_layers_are_in_the_first_group(self, mask):
+        layout = split(mask, 1, draft_bytes=96)
+        assert rank_block_bytes(layout, 0) == layout.block_bytes
+        assert not rank_caches(layout, 0).unused
+
 
 class TestMasks:
     @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -114,6 +125,9 @@ class TestMasks:
 
 
 class TestCost:
+    def test_slots_for_drafts_are_compared_with_as_many_on_one_rank(self):
+        assert replan(split(MIXED, drafts=7), MIXED, 1) == split(MIXED, 1, drafts=7)
+
     def test_uneven_ranks_lose(self):
         """6 of 12 heads retrieve, all on one rank: that rank holds as much as stock does."""
         cost = split_cost(split(APART), APART, TOKENS)

@@ -214,6 +214,56 @@ def test_accepted_drafts_stay_and_rejected_ones_leave_no_trace(recent):
     assert_rule_holds([true], MASKS["mixed"], 20, recent, 32**-0.5)
 
 
+def serve_drafts(draft_size, slack, recent, seed, *, tokens=200, layer=False):
+    """Steps of a token and ``draft_size`` drafts, any number of which is accepted; ends checked."""
+    rng = np.random.default_rng(seed)
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=2,
+        max_tokens=tokens,
+        recent_size=recent,
+        draft_size=slack,
+        seed=seed,
+    )
+    true = make_sequences([tokens, tokens], 4, 2, 32, torch.float32, seed)
+    wrong = make_sequences([tokens, tokens], 4, 2, 32, torch.float32, seed + 1)
+    end = tokens - draft_size - 1
+    while any(sequence.done < end for sequence in true):
+        accepted = [s.done + 1 + int(rng.integers(0, draft_size + 1)) for s in true]
+        mixed = [
+            Sequence(
+                *(torch.cat([getattr(t, n)[:stop], getattr(w, n)[stop:]]) for n in "qkv"),
+                done=t.done,
+            )
+            for t, w, stop in zip(true, wrong, accepted, strict=True)
+        ]
+        chunks = [1 + draft_size if sequence.done < end else 0 for sequence in true]
+        # Beyond what ``decode`` takes the step is a prefill's.
+        run_step(store, mixed, chunks, 32**-0.5, decode_up_to=8, one_call=layer)
+        for sequence, served, stop, chunk in zip(true, mixed, accepted, chunks, strict=True):
+            if chunk:
+                sequence.outputs.append(served.outputs[0][: stop - sequence.done])
+                sequence.done = stop
+    for sequence in true:
+        for name in "qkv":
+            setattr(sequence, name, getattr(sequence, name)[: sequence.done])
+    assert_rule_holds(true, MASKS["mixed"], 20, recent, 32**-0.5)
+    store.assert_guards()
+
+
+@pytest.mark.parametrize("recent", [1, 3, 33, 75])
+@pytest.mark.parametrize("draft_size", [1, 4, 7, 8, 12])
+def test_any_drafts_may_be_accepted_at_any_place_of_the_ring(draft_size, recent):
+    serve_drafts(draft_size, draft_size, recent, seed=draft_size + recent, layer=recent == 33)
+
+
+@pytest.mark.parametrize("slack", [0, 3])
+def test_the_oracle_sees_a_ring_without_slack_for_its_drafts(slack):
+    with pytest.raises(AssertionError):
+        serve_drafts(5, slack, 33, seed=5)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     mask=st.lists(st.booleans(), min_size=1, max_size=4),

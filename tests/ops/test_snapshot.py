@@ -17,7 +17,7 @@ SCALE = 32**-0.5
 class Pair:
     """Two requests with the same tokens; the second resumes at ``boundary``, a multiple of 16."""
 
-    def __init__(self, boundary, *, sink=20, recent=75, ring_block=8):
+    def __init__(self, boundary, *, sink=20, recent=75, ring_block=8, draft_size=0):
         self.sink, self.recent, self.boundary = sink, recent, boundary
         self.store = Store(
             MASK,
@@ -27,11 +27,12 @@ class Pair:
             streaming_block_size=ring_block,
             sink_size=sink,
             recent_size=recent,
+            draft_size=draft_size,
             seed=50,
         )
         paged, ring = self.store.paged.block_table, self.store.ring.block_table
         paged[1, : boundary // 16] = paged[0, : boundary // 16]
-        used = -(-min(boundary, sink + recent) // ring_block)
+        used = -(-min(boundary, sink + recent + draft_size) // ring_block)
         held = set(ring.flatten().tolist())
         free = [i for i in range(1, len(self.store.caches.streaming)) if i not in held]
         self.blocks = torch.tensor(free[:used])
@@ -100,6 +101,40 @@ def test_one_request_resumes_at_what_another_stores_in_the_same_step():
     )
     run_step(pair.store, [pair.first, pair.second], [20, 20], SCALE, one_call=True)
     pair.assert_rule_holds()
+
+
+@pytest.mark.parametrize("one_call", [False, True])
+@pytest.mark.parametrize("accepted", [2, 3, 5])
+@pytest.mark.parametrize("before", [94, 190])
+def test_a_boundary_among_accepted_drafts_is_stored_a_step_later(before, accepted, one_call):
+    """The ring then has later tokens than the boundary, and rejected drafts after these."""
+    boundary, after = before + 2, before + 1 + accepted
+    pair = Pair(boundary, draft_size=5, ring_block=13)
+    run_step(pair.store, [pair.first], [before], SCALE, one_call=one_call)
+    (wrong,) = make_sequences([400], 3, 2, 32, torch.float32, seed=52)
+    drafts = Sequence(
+        *(torch.cat([getattr(pair.first, n)[:after], getattr(wrong, n)[after:]]) for n in "qkv"),
+        done=before,
+    )
+    run_step(pair.store, [drafts], [6], SCALE, decode_up_to=8, one_call=one_call)
+    pair.first.outputs.append(drafts.outputs[0][: 1 + accepted])
+    pair.first.done = after
+    run_step(pair.store, [pair.first], [6], SCALE, copies=[pair.stored()], one_call=one_call)
+    pair.second.done = boundary
+    for chunk in (6, 1, 120):
+        copies = [pair.restored()] if pair.second.done == boundary else []
+        run_step(
+            pair.store, [pair.second], [chunk], SCALE, rows=[1], copies=copies, one_call=one_call
+        )
+    pair.assert_rule_holds()
+
+
+def test_a_boundary_before_the_rings_slack_is_refused():
+    pair = Pair(96, draft_size=5)
+    run_step(pair.store, [pair.first], [60], SCALE)
+    copy = SnapshotCopy(True, 0, 54, pair.blocks)
+    with pytest.raises(ValueError, match="reaches it, got tokens 55 to 61"):
+        run_step(pair.store, [pair.first], [1], SCALE, copies=[copy])
 
 
 def test_nothing_but_the_snapshots_blocks_is_touched():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -22,6 +23,7 @@ from vllm_duo.attention.specs import (
     streaming_spec,
     unused_spec,
 )
+from vllm_duo.drafts import is_draft_model
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.logging import get_logger
 from vllm_duo.ops import cpu, gpu
@@ -80,7 +82,10 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.form = FORMATS.get(kv_cache_dtype)
         self.vllm_config = get_current_vllm_config()
-        self._check_heads(plan_of(self.vllm_config))
+        # A draft model has heads of its own, all of which keep every token.
+        self.drafts = is_draft_model(self.vllm_config)
+        if not self.drafts:
+            self._check_heads(plan_of(self.vllm_config))
         self.layer_name: str | None = None
         self.heads: HeadMap | None = None
         self.sibling: SiblingCache | None = None
@@ -101,12 +106,13 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
                 f"with head sizes {layer.head_size} and {layer.head_size_v}: serve this model with "
                 "vLLM's own attention backend"
             )
+        device = torch.device(self.vllm_config.device_config.device_type)
+        if self.drafts:
+            self._keep_all(name, layer, device)
+            return
         plan = plan_of(self.vllm_config)
         rank = own_rank(plan)
-        heads = HeadMap.from_mask(
-            plan.retrieval_mask(index, rank),
-            torch.device(self.vllm_config.device_config.device_type),
-        )
+        heads = HeadMap.from_mask(plan.retrieval_mask(index, rank), device)
         retrieval = partial(retrieval_spec, layer, len(heads.retrieval))
         streaming = partial(streaming_spec, layer, index, len(heads.streaming))
         if plan.tensor_parallel_size > 1:
@@ -178,6 +184,12 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             self.retrieval_prefill,
         )
         return output
+
+    def _keep_all(self, name: str, layer: Attention, device: torch.device) -> None:
+        """Set up a draft model's layer: every head keeps every token."""
+        self.heads = HeadMap.from_mask(np.ones(self.num_kv_heads, dtype=np.bool_), device)
+        layer.get_kv_cache_spec = partial(retrieval_spec, layer, self.num_kv_heads)
+        self.layer_name = name
 
     def _check_heads(self, plan: ServerPlan) -> None:
         """Check a new layer against the pattern.

@@ -109,6 +109,16 @@ class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
             cls._group = (common, table)
         return DuoMetadata(batch, table)
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> DuoMetadata:
+        """Build a draft model's metadata for one of its passes.
+
+        From pass to pass vLLM changes the same object in place, so nothing is shared.
+        """
+        batch = make_batch(common_attn_metadata, self._decode_threshold)
+        return DuoMetadata(batch, self._make_table(common_attn_metadata))
+
     def _make_table(self, common: CommonAttentionMetadata) -> PagedTable | RingTable:
         spec = self.kv_cache_spec
         if isinstance(spec, StreamingSpec):

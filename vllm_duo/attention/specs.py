@@ -9,6 +9,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
+from vllm_duo.drafts import Drafts
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 from vllm_duo.kv_cache.tensor_parallel import rank_caches
@@ -72,6 +73,7 @@ def streaming_spec(
         sink_size=layout.span.sink_size,
         recent_size=layout.span.recent_size,
         draft_size=layout.span.draft_size,
+        lookahead_size=vllm_config.num_lookahead_tokens,
         bin=layout.bin_of(index),
         num_bins=len(layout.bins),
         snapshot_interval=plan.resolved.snapshot_interval,
@@ -111,4 +113,5 @@ def _layout(layer: CachedLayer, vllm_config: VllmConfig) -> Layout:
         row_bytes=form.row_bytes(layer.head_size) if form else None,
         block_size=vllm_config.cache_config.block_size,
         max_model_len=vllm_config.model_config.max_model_len,
+        drafts=Drafts.of(vllm_config),
     )

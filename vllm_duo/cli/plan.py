@@ -45,6 +45,12 @@ def plan(
     block_size: Annotated[
         int, typer.Option(help="Tokens of a block; vLLM takes 128 on CPUs, 16 on most GPUs.")
     ] = 128,
+    num_speculative_tokens: Annotated[
+        int, typer.Option(help="Drafts of a step, as in vLLM's --speculative-config.")
+    ] = 0,
+    draft_model: Annotated[
+        str | None, typer.Option(help="The model that drafts, if one does: folder or id.")
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Request lengths to list: 4096,32768; default: doubles.")
     ] = None,
@@ -78,6 +84,8 @@ def plan(
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,
+        num_speculative_tokens=num_speculative_tokens,
+        draft_model=draft_model,
         lengths=_lengths(lengths),
     )
     _answer(request, plan_memory, as_json, plot)

@@ -11,6 +11,7 @@ def install() -> None:
     from vllm_duo.compat import (
         coordinator,
         cpu_platform,
+        draft_count,
         kv_cache_groups,
         pool_report,
         preempted_pages,
@@ -33,6 +34,7 @@ def install() -> None:
             scheduler_stats.patch,
             preempted_pages.patch,
             snapshot_orders.patch_scheduler,
+            draft_count.patch,
         ),
     )
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.drafts import Drafts, draft_model_of, is_draft_model
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
 from vllm_duo.support import check_supported, known_limits
@@ -62,7 +63,7 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         NotImplementedError: the server uses something that duo does not support.
         ValueError: bad settings, no pattern, or a pattern of another shape.
     """
-    if vllm_config.model_config is None:
+    if vllm_config.model_config is None or is_draft_model(vllm_config):
         return
     if not is_duo(vllm_config):
         if has_duo_section(vllm_config):
@@ -82,17 +83,21 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         return
     check_supported(vllm_config)
     plan = resolve_plan(vllm_config)
-    _log_plan(plan)
+    if draft_model_of(vllm_config) is not None:
+        # One platform has one layout of caches, so the draft model's layers run duo too; vLLM would
+        # choose a backend for them on their own.
+        vllm_config.speculative_config.attention_backend = vllm_config.attention_config.backend
+    _log_plan(plan, Drafts.of(vllm_config))
     for limit in known_limits(vllm_config):
         logger.warning("%s", limit)
 
 
-def _log_plan(plan: ServerPlan) -> None:
+def _log_plan(plan: ServerPlan, drafts: Drafts) -> None:
     """Say which heads stream; ``pool_report`` says what fits once the pool is known."""
     resolved = plan.resolved
     logger.info(
         "duo: pattern %s, %s %g (%s): %d of %d KV heads stream (%.1f %%), mask %s, "
-        "sink %d + recent %d tokens",
+        "sink %d + recent %d tokens%s",
         plan.pattern_name,
         resolved.cut,
         resolved.cut_value,
@@ -103,4 +108,5 @@ def _log_plan(plan: ServerPlan) -> None:
         resolved.selection.mask_hash,
         resolved.sink_size,
         resolved.recent_size,
+        f" and {drafts.size} slots for drafts" if drafts.size else "",
     )

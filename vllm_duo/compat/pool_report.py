@@ -13,6 +13,7 @@ from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.drafts import DRAFT_MODEL, Drafts
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.tensor_parallel import rank_block_bytes, rank_caches
 from vllm_duo.logging import get_logger
@@ -87,6 +88,7 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
         row_bytes=spec.state_content_bytes,
         block_size=spec.block_size,
         max_model_len=longest,
+        drafts=Drafts.of(vllm_config),
     )
     check_groups(layout, kv_cache_config)
     max_model_len = vllm_config.model_config.max_model_len
@@ -107,17 +109,20 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig, rank: int = 0) 
 
     caches = rank_caches(layout, rank)
     block_bytes = rank_block_bytes(layout, rank)
+    names = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+    drafting = [{name for name in group if name.startswith(f"{DRAFT_MODEL}.")} for group in names]
     expected = [sorted(caches.retrieval)] * layout.has_retrieval + [
         sorted(layer for layer in layers if layer in caches.streaming) for layers in layout.bins
     ]
     groups = [
-        sorted(map(extract_layer_index, group.layer_names))
-        for group in kv_cache_config.kv_cache_groups
+        sorted(map(extract_layer_index, group - drafts))
+        for group, drafts in zip(names, drafting, strict=True)
     ]
     sizes = {
         tensor.size // kv_cache_config.num_blocks for tensor in kv_cache_config.kv_cache_tensors
     }
-    if groups != expected or sizes != {block_bytes}:
+    # A draft model's layers are paged like the retrieval heads, and vLLM looks for them in one group.
+    if groups != expected or sizes != {block_bytes} or any(drafting[1:]):
         raise RuntimeError(
             f"vLLM's KV cache groups are not the planned ones: expected layers {expected} in blocks of "
             f"{block_bytes} bytes, got {groups} in blocks of {sorted(sizes)} bytes; another "

@@ -130,6 +130,8 @@ class KVShape:
         head_size: ``D``, in elements.
         dtype_bytes: bytes of one cache element.
         row_bytes: bytes of one token in one KV head of a quantised cache (``CacheFormat.row_bytes``).
+        draft_token_bytes: bytes of one token in all layers of a draft model, whose heads keep every
+            token and may have another size; they lie in the retrieval heads' blocks.
     """
 
     retrieval_heads: tuple[int, ...]
@@ -137,6 +139,7 @@ class KVShape:
     head_size: int
     dtype_bytes: int
     row_bytes: int | None = None
+    draft_token_bytes: int = 0
 
     def __post_init__(self) -> None:
         if len(self.retrieval_heads) != len(self.streaming_heads):
@@ -154,6 +157,7 @@ class KVShape:
         dtype_bytes: int,
         row_bytes: int | None = None,
         tensor_parallel_size: int = 1,
+        draft_token_bytes: int = 0,
     ) -> tuple[KVShape, ...]:
         """The shape of every rank, with the heads where vLLM puts them (``ranks.own_heads``).
 
@@ -163,6 +167,7 @@ class KVShape:
             dtype_bytes: bytes of one cache element.
             row_bytes: bytes of one token in one KV head of a quantised cache.
             tensor_parallel_size: ranks.
+            draft_token_bytes: bytes of one token in a draft model's layers on each rank.
 
         Raises:
             ValueError: layers of unequal width, or neither of ranks and heads divides the other.
@@ -190,6 +195,7 @@ class KVShape:
                     head_size=head_size,
                     dtype_bytes=dtype_bytes,
                     row_bytes=row_bytes,
+                    draft_token_bytes=draft_token_bytes,
                 )
             )
         return tuple(shapes)
@@ -213,6 +219,15 @@ class KVShape:
     def num_streaming(self) -> int:
         """Streaming heads of all layers."""
         return sum(self.streaming_heads)
+
+    @property
+    def paged_token_bytes(self) -> int:
+        """Bytes of one token that stay for good: the retrieval heads' and a draft model's.
+
+        Worked example: R = 3 heads in all, D = 128, 2 bytes, a draft model of 2 layers with one KV
+        head of 64 elements: 3 * 512 + 2 * 256 = 2,048 bytes.
+        """
+        return self.num_retrieval * self.token_bytes + self.draft_token_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +266,8 @@ class Layout:
 
     @cached_property
     def has_retrieval(self) -> bool:
-        """Whether any layer of any rank has a retrieval head."""
-        return any(rank.num_retrieval for rank in self.ranks)
+        """Whether there are paged blocks: any rank has a retrieval head, or a draft model."""
+        return any(rank.paged_token_bytes for rank in self.ranks)
 
     @property
     def num_groups(self) -> int:
@@ -331,22 +346,22 @@ class Layout:
         if most == 0:
             return 0.0
         rank = self.ranks[needed.index(most)]
-        rounding = sum(self._growing_slots(rank, num_tokens) for num_tokens in lengths)
-        held = sum(map(self.held_bytes, lengths)) - rounding * rank.token_bytes
+        rounding = sum(self._growing_bytes(rank, num_tokens) for num_tokens in lengths)
+        held = sum(map(self.held_bytes, lengths)) - rounding
         return 1.0 - most / held
 
-    def _growing_slots(self, rank: KVShape, num_tokens: int) -> int:
-        """Slots of a head, over all heads, that the request's next tokens go to."""
+    def _growing_bytes(self, rank: KVShape, num_tokens: int) -> int:
+        """Bytes, over all heads, that the request's next tokens go to."""
         if num_tokens == 0:
             return 0
-        slots = 0
+        growing = 0
         if self.has_retrieval:
             rest = cdiv(num_tokens, self.block_size) * self.block_size - num_tokens
-            slots += rest * rank.num_retrieval
+            growing += rest * rank.paged_token_bytes
         if num_tokens < self.span.slots:
             rest = self.span.blocks(num_tokens) * self.span.block_size - num_tokens
-            slots += rest * rank.num_streaming
-        return slots
+            growing += rest * rank.num_streaming * rank.token_bytes
+        return growing
 
     def num_blocks(self, pool_bytes: int) -> int:
         """Blocks of a pool, vLLM's null block among them.
@@ -380,6 +395,8 @@ class Layout:
     def full_attention(self) -> Layout:
         """What stock vLLM makes of the same heads: all of them paged, in blocks of ``P_r`` tokens.
 
+        A draft model's heads are paged either way.
+
         Worked example: ``layout.full_attention.max_request_tokens(num_blocks)`` is stock's longest
         request in as many blocks of its own size.
         """
@@ -392,16 +409,16 @@ class Layout:
                 head_size=rank.head_size,
                 dtype_bytes=rank.dtype_bytes,
                 row_bytes=rank.row_bytes,
+                draft_token_bytes=rank.draft_token_bytes,
             )
             for rank in self.ranks
         )
-        heads = max(rank.num_retrieval for rank in ranks)
         return Layout(
             ranks=ranks,
             block_size=self.block_size,
             span=self.span,
             bins=(),
-            block_bytes=heads * self.block_size * ranks[0].token_bytes,
+            block_bytes=max(rank.paged_token_bytes for rank in ranks) * self.block_size,
         )
 
     def full_attention_bytes(self, num_tokens: int) -> int:
@@ -414,7 +431,8 @@ class Layout:
 
     def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:
         kept = self.span.kept_tokens(num_tokens)
-        return (rank.num_retrieval * num_tokens + rank.num_streaming * kept) * rank.token_bytes
+        streaming = rank.num_streaming * kept * rank.token_bytes
+        return rank.paged_token_bytes * num_tokens + streaming
 
 
 def plan_layout(
@@ -476,7 +494,7 @@ def plan_layout(
             block_size=choice.streaming_block,
         ),
         bins=choice.bins,
-        block_bytes=choice.block_heads * ranks[0].token_bytes,
+        block_bytes=choice.block_bytes,
     )
 
 
@@ -496,16 +514,16 @@ def _check_ranks(ranks: tuple[KVShape, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """A candidate. ``block_heads``: tokens of one head in a pool block; ``held``: the same unit."""
+    """A candidate: the bytes of its blocks, and those held at the reference length."""
 
     bins: Bins
     streaming_block: int
-    block_heads: int
+    block_bytes: int
     held: int
 
 
 class _Search:
-    """All layouts worth a look, measured in tokens of one head instead of bytes.
+    """All layouts worth a look.
 
     For a number of bins only the narrowest packing counts, since its blocks hold most tokens; for
     blocks as wide as the retrieval group only the largest ``P_s``. Wider blocks are tried too: they
@@ -516,7 +534,7 @@ class _Search:
         self, ranks: tuple[KVShape, ...], block_size: int, slots: int, reference_tokens: int
     ) -> None:
         self.streaming = [rank.streaming_heads for rank in ranks]
-        self.most_retrieval = max(rank.num_retrieval for rank in ranks)
+        self.head_bytes = ranks[0].token_bytes
         self.most_streaming = max(rank.num_streaming for rank in ranks)
         totals = {(rank.num_retrieval, rank.num_streaming) for rank in ranks}
         self.are_alike = len(totals) == 1
@@ -524,13 +542,15 @@ class _Search:
         self.slots = slots
         self.reach = min(slots, reference_tokens)
         self.retrieval_blocks = cdiv(reference_tokens, block_size)
-        self.retrieval_width = self.most_retrieval * block_size
-        self.stock_width = self.retrieval_width + self.most_streaming * block_size
+        # Bytes of a block of the retrieval group, and of all heads' as stock has it.
+        self.retrieval_width = max(rank.paged_token_bytes for rank in ranks) * block_size
+        streaming_width = self.most_streaming * self.head_bytes * block_size
+        self.stock_width = self.retrieval_width + streaming_width
         self.widest_layer = max(max(widths, default=0) for widths in self.streaming)
 
     def best(self) -> _Choice:
         """The candidate to take, as ``plan_layout`` describes it."""
-        if not self.most_retrieval or not self.most_streaming:
+        if not self.retrieval_width or not self.most_streaming:
             return self._of_one_class()
         within: list[_Choice] = []
         others: list[_Choice] = []
@@ -564,8 +584,8 @@ class _Search:
         """
         streaming_block = cdiv(self.slots, cdiv(self.slots, self.block_size))
         bins = spread_ranks(self.streaming, 1) if self.most_streaming else ()
-        width = max(self.retrieval_width, self.most_streaming * streaming_block)
-        return _Choice(bins=bins, streaming_block=streaming_block, block_heads=width, held=0)
+        width = max(self.retrieval_width, self.most_streaming * self.head_bytes * streaming_block)
+        return _Choice(bins=bins, streaming_block=streaming_block, block_bytes=width, held=0)
 
     def _width(self, bins: Bins) -> int:
         """Heads of the widest bin, on the rank where it is widest."""
@@ -575,24 +595,25 @@ class _Search:
 
     def _candidates(self, bins: Bins) -> Iterator[_Choice]:
         """Every ``P_s`` for these bins, from the largest that needs no wider blocks."""
-        width = self._width(bins)
+        width = self._width(bins) * self.head_bytes
         first = min(self.slots, self.retrieval_width // width)
         last = min(self.slots, self.stock_width // width)
         for streaming_block in range(max(first, 1), max(first, last, 1) + 1):
-            block_heads = max(self.retrieval_width, width * streaming_block)
+            block_bytes = max(self.retrieval_width, width * streaming_block)
             blocks = self.retrieval_blocks + len(bins) * cdiv(self.reach, streaming_block)
             yield _Choice(
                 bins=bins,
                 streaming_block=streaming_block,
-                block_heads=block_heads,
-                held=blocks * block_heads,
+                block_bytes=block_bytes,
+                held=blocks * block_bytes,
             )
 
     def _least_held(self, num_bins: int, narrowest: int) -> int:
         """What a request holds at least, if no bin can be narrower than ``narrowest`` heads."""
-        wider = self.retrieval_width + 1
-        bound = self.retrieval_blocks * wider + num_bins * max(narrowest * self.reach, wider)
-        streaming_block = min(self.slots, self.retrieval_width // narrowest)
+        wider = (self.retrieval_width // self.head_bytes + 1) * self.head_bytes
+        token_bytes = narrowest * self.head_bytes
+        bound = self.retrieval_blocks * wider + num_bins * max(token_bytes * self.reach, wider)
+        streaming_block = min(self.slots, self.retrieval_width // token_bytes)
         if not streaming_block:
             return bound
         blocks = self.retrieval_blocks + num_bins * cdiv(self.reach, streaming_block)
@@ -604,12 +625,12 @@ class _Search:
         Worst are the requests whose last token opened a streaming block: between two of them, and
         beyond the run, stock grows at least as fast.
         """
-        if choice.block_heads > self.stock_width:
+        if choice.block_bytes > self.stock_width:
             return False
         groups = 1 + len(choice.bins)
         for full in reversed(range(cdiv(self.slots, choice.streaming_block))):
             paged = full * choice.streaming_block // self.block_size + 1
-            held = (paged + len(choice.bins) * (full + 1) - groups) * choice.block_heads
+            held = (paged + len(choice.bins) * (full + 1) - groups) * choice.block_bytes
             if held > paged * self.stock_width:
                 return False
         return True

@@ -20,7 +20,8 @@ class SnapshotOrder:
         request_id: whose ring.
         bin: which bin of streaming layers.
         num_tokens: the boundary: the state is that of a request of so many tokens. A restored request
-            has exactly this context; a stored boundary lies in the step's chunk or at its end.
+            has exactly this context; a stored boundary lies in the step's chunk, at its end, or among
+            the drafts that the step before it computed.
         blocks: pool blocks of the snapshot, in table order.
     """
 

@@ -46,8 +46,10 @@ class SnapshotManager(RingManager):
         self.policy = SnapshotPolicy(self.block_size, spec.snapshot_interval, ANSWER_INTERVAL)
         self.bin = spec.bin
         # Blocks that the running requests of a step may still claim: one for each started block of
-        # its tokens, one more a request, and what their rings miss (in every bin).
+        # its tokens, one more a request and those for its draft model, and what their rings miss (in
+        # every bin).
         self._step_blocks = cdiv(spec.max_step_tokens, self.block_size)
+        self._request_blocks = 1 + cdiv(spec.lookahead_size, self.block_size)
         self._num_bins = spec.num_bins
         self._orders: list[SnapshotOrder] = []
         self._late: list[tuple[Request, int, Reason]] = []
@@ -174,6 +176,13 @@ class SnapshotManager(RingManager):
         With async scheduling vLLM also calls it as tokens become known, between two steps: no order
         could be carried out then, so their boundary waits for the request's next step.
 
+        With speculative decoding ``num_tokens`` counts no draft. Drafts become known one step after
+        they were computed, so a boundary among those that were accepted lies before this step's
+        tokens. All that a query there sees is in the ring still. Say the step before began at c and
+        wrote k drafts, up to c + k: overwritten are positions up to c + k - recent - drafts, so up to
+        c - recent. A boundary that was not known then is c + 2 at least and sees from
+        c + 3 - recent on.
+
         Args:
             request: the request.
             num_tokens: its known tokens after the step, those already cached included.
@@ -190,8 +199,8 @@ class SnapshotManager(RingManager):
             done * size, num_blocks * size, replay_boundaries, request.shared_prefix_boundary
         )
         for boundary, reason in points:
-            # The ring no longer has an earlier state than that before the step.
-            if boundary >= request.num_computed_tokens and not self._store(
+            # The ring no longer has an earlier state than that before the drafts of the last step.
+            if boundary >= request.num_computed_tokens - self.span.draft_size and not self._store(
                 request, boundary, reason, self._reserve()
             ):
                 self._late.append((request, boundary, reason))
@@ -238,7 +247,7 @@ class SnapshotManager(RingManager):
     def _reserve(self) -> int:
         """Free blocks that the step's running requests may still need, at most."""
         rings = self._num_bins * self.allocator.growing_blocks()
-        return self._step_blocks + len(self.allocator.tables) + rings
+        return self._step_blocks + len(self.allocator.tables) * self._request_blocks + rings
 
     def _order(
         self, store: bool, request_id: str, num_tokens: int, blocks: Sequence[KVCacheBlock]

@@ -37,6 +37,7 @@ class StreamingSpec(AttentionSpec):
         sink_size: first tokens that stay, in tokens.
         recent_size: most recent tokens that stay, in tokens.
         draft_size: speculative tokens that may be rolled back, in tokens.
+        lookahead_size: tokens beyond a step's own for which a draft model needs blocks.
         bin: streaming layers of one bin share a block table.
         num_bins: bins of the server.
         snapshot_interval: with prefix caching, the state is kept at multiples of so many tokens, and
@@ -50,6 +51,7 @@ class StreamingSpec(AttentionSpec):
     sink_size: int
     recent_size: int
     draft_size: int = 0
+    lookahead_size: int = 0
     bin: int = 0
     num_bins: int = 1
     snapshot_interval: int = 1024

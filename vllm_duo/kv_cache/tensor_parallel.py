@@ -49,7 +49,7 @@ def rank_caches(layout: Layout, rank: int) -> RankCaches:
     retrieval = {layer: heads for layer, heads in enumerate(own.retrieval_heads) if heads}
     streaming = {layer: heads for layer, heads in enumerate(own.streaming_heads) if heads}
     unused: set[int] = set()
-    if layout.has_retrieval and not retrieval:
+    if layout.has_retrieval and not retrieval and not own.draft_token_bytes:
         retrieval = {_first_retrieval_layer(layout): 1}
         unused.update(retrieval)
     for layers in layout.bins:
@@ -65,13 +65,13 @@ def rank_block_bytes(layout: Layout, rank: int) -> int:
     Worked example: 3 retrieval heads on rank 0 and 5 on rank 1, 16 tokens a block and narrow bins: 48
     and 80 tokens of a head.
     """
-    caches = rank_caches(layout, rank)
-    widths = [sum(caches.retrieval.values()) * layout.block_size]
-    widths += [
-        sum(caches.streaming.get(layer, 0) for layer in layers) * layout.span.block_size
-        for layers in layout.bins
-    ]
-    return max(widths) * layout.ranks[rank].token_bytes
+    caches, own = rank_caches(layout, rank), layout.ranks[rank]
+    paged = sum(caches.retrieval.values()) * own.token_bytes + own.draft_token_bytes
+    widths = [paged * layout.block_size]
+    for layers in layout.bins:
+        heads = sum(caches.streaming.get(layer, 0) for layer in layers)
+        widths.append(heads * own.token_bytes * layout.span.block_size)
+    return max(widths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ def replan(layout: Layout, retrieval: Iterable[Iterable[bool]], ranks: int) -> L
         ranks: tensor-parallel size.
     """
     own, span = layout.ranks[0], layout.span
+    assert not own.draft_token_bytes, "a draft model is not split over ranks"
     shapes = KVShape.split(
         retrieval,
         head_size=own.head_size,

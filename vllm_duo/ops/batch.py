@@ -146,7 +146,7 @@ class SnapshotCopy:
         store: True to copy the state to the snapshot, False to restore it from there.
         row: request in the batch.
         num_tokens: the state is that of a request of so many tokens. When restored, the request's
-            context; when stored, within its chunk or at its end.
+            context; when stored, within its chunk, at its end, or up to the ring's slack before it.
         blocks: [n] int64, blocks of the snapshot in table order.
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vllm_duo.config import SECTION
+from vllm_duo.drafts import Drafts
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.layout import Layout
@@ -14,7 +15,7 @@ from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
 from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
 from vllm_duo.server_plan import ServerPlan, make_plan
-from vllm_duo.support import cache_dtype_refusal, refuse
+from vllm_duo.support import cache_dtype_refusal, draft_model_refusals, refuse
 
 DTYPES = {"half": "float16", "float": "float32"} | {
     name: name for name in ("float16", "bfloat16", "float32")
@@ -46,6 +47,8 @@ class PlanRequest:
         dtype: vLLM's ``--dtype``.
         kv_cache_dtype: vLLM's ``--kv-cache-dtype``.
         block_size: tokens of a retrieval block.
+        num_speculative_tokens: drafts of a step, of vLLM's ``--speculative-config``; 0 without.
+        draft_model: folder or Hugging Face id of the model that drafts, if one does.
         lengths: requests to list, in tokens; none: doubles up to ``max_model_len``.
     """
 
@@ -57,6 +60,8 @@ class PlanRequest:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     block_size: int = DEFAULT_BLOCK_SIZE
+    num_speculative_tokens: int = 0
+    draft_model: str | None = None
     lengths: Sequence[int] = ()
 
 
@@ -81,12 +86,14 @@ def plan_memory(request: PlanRequest) -> Plan:
     dtype = _dtype(request, checkpoint)
     form = FORMATS.get(request.kv_cache_dtype)
     longest = _model_length(request, checkpoint)
+    drafts = _drafts(request, dtype)
     layout = server.layout(
         head_size=facts.head_size,
         block_size=request.block_size,
         max_model_len=longest,
         dtype_bytes=DTYPE_BYTES[dtype],
         row_bytes=form.row_bytes(facts.head_size) if form else None,
+        drafts=drafts,
     )
     if request.max_model_len == "auto":
         longest = _fitting_length(layout, request.kv_cache_bytes, longest)
@@ -125,6 +132,15 @@ def _check(request: PlanRequest) -> None:
     for name, number in numbers:
         if isinstance(number, int) and number < 1:
             raise ValueError(f"{name}: expected more than 0, got {number}: correct it")
+    if request.num_speculative_tokens < 0:
+        raise ValueError(
+            f"--num-speculative-tokens: expected 0 or more, got {request.num_speculative_tokens}: "
+            "correct it"
+        )
+    if request.draft_model is not None and request.num_speculative_tokens == 0:
+        raise ValueError(
+            "--draft-model: expected --num-speculative-tokens of 1 or more with it, got 0: give both"
+        )
     for name, value, allowed in (
         ("--dtype", request.dtype, DTYPES),
         ("--kv-cache-dtype", request.kv_cache_dtype, CACHE_DTYPES),
@@ -139,6 +155,20 @@ def _unquantised(layout: Layout) -> Layout:
     """The same heads and blocks with a cache of the model's own dtype."""
     ranks = (replace(rank, row_bytes=None) for rank in layout.ranks)
     return replace(layout, ranks=tuple(ranks))
+
+
+def _drafts(request: PlanRequest, dtype: str) -> Drafts:
+    """What speculative decoding adds; a draft model has the numbers of the model that it drafts for."""
+    if request.draft_model is None:
+        return Drafts(size=request.num_speculative_tokens)
+    facts = read_checkpoint(request.draft_model).facts
+    reasons = [f"the draft model: {reason}" for reason in model_refusals(facts)]
+    refuse([*reasons, *draft_model_refusals(request.tensor_parallel_size, request.kv_cache_dtype)])
+    heads = facts.num_layers * facts.num_kv_heads
+    return Drafts(
+        size=request.num_speculative_tokens,
+        token_bytes=heads * 2 * facts.head_size * DTYPE_BYTES[dtype],
+    )
 
 
 def _dtype(request: PlanRequest, checkpoint: Checkpoint) -> str:
@@ -192,7 +222,7 @@ def _memory(layout: Layout, pool_bytes: int, longest: int, lengths: Sequence[int
     return MemoryPlan(
         concurrent_requests=capacity.concurrent_requests(longest),
         tokens_that_fit=capacity.tokens_that_fit(longest),
-        bytes_per_token=rank.num_retrieval * rank.token_bytes,
+        bytes_per_token=rank.paged_token_bytes,
         constant_bytes_per_request=rank.num_streaming * kept * rank.token_bytes,
         waste=layout.waste(longest),
         block_bytes=layout.block_bytes,
@@ -232,6 +262,8 @@ def _settings(
         dtype=dtype,
         kv_cache_dtype=request.kv_cache_dtype,
         block_size=request.block_size,
+        num_speculative_tokens=request.num_speculative_tokens,
+        draft_model=request.draft_model,
         max_model_len=longest,
         tensor_parallel_size=request.tensor_parallel_size,
         balance=resolved.balance,

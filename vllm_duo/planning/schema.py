@@ -33,7 +33,8 @@ class MemoryPlan(_Frozen):
     )
     tokens_that_fit: int = Field(description="tokens of all of them, the last one in part")
     bytes_per_token: int = Field(
-        description="bytes that each token of a request must keep for good: the retrieval heads'"
+        description="bytes that each token of a request must keep for good: the retrieval heads', "
+        "and a draft model's"
     )
     constant_bytes_per_request: int = Field(
         description="bytes that a request must keep however long it is: the streaming heads' sink "
@@ -65,6 +66,12 @@ class PlanSettings(_Frozen):
     dtype: str = Field(description="of the model")
     kv_cache_dtype: str = Field(description="as given; auto is the model's")
     block_size: int = Field(description="tokens of a retrieval block, --block-size")
+    num_speculative_tokens: int = Field(
+        default=0, description="drafts of a step, for which a ring has slots; 0 without"
+    )
+    draft_model: str | None = Field(
+        default=None, description="folder or Hugging Face id of the model that drafts"
+    )
     max_model_len: int = Field(description="tokens")
     tensor_parallel_size: int
     balance: bool = Field(description="whether every rank streams the same share of its heads")

@@ -29,12 +29,16 @@ def tables(plan: Plan) -> list[RenderableType]:
 
 def _heading(plan: Plan) -> str:
     found = plan.settings
+    drafts = f" and {found.num_speculative_tokens} slots for drafts"
+    if found.draft_model is not None:
+        drafts += f" of {found.draft_model}"
     ranks = f", each of {found.tensor_parallel_size} ranks" * (found.tensor_parallel_size > 1)
     return (
         f"{found.model}: {found.num_layers} layers x {found.num_kv_heads} KV heads of size "
         f"{found.head_size}, {found.dtype}, KV cache {found.kv_cache_dtype}\n"
         f"pattern {found.pattern}, {found.cut} {found.cut_value:g}: {found.sparsity:.1%} of the heads "
-        f"stream, mask {found.mask_hash}, sink {found.sink_size} + recent {found.recent_size} tokens\n"
+        f"stream, mask {found.mask_hash}, sink {found.sink_size} + recent {found.recent_size} tokens"
+        f"{drafts * bool(found.num_speculative_tokens)}\n"
         f"KV pool {size(found.kv_cache_bytes)}{ranks}"
     )
 

@@ -39,7 +39,7 @@ def attend_and_write(
     if cpu.runs(key):
         if caches.ring is not None:
             for copy in caches.ring.copies:
-                check_copy(batch, copy)
+                check_copy(batch, caches.ring, copy)
         cpu.run(
             cpu.WRITE_RETRIEVAL | cpu.COPY_SNAPSHOTS | cpu.ATTEND | cpu.WRITE_STREAMING,
             query,

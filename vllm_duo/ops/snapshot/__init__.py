@@ -39,7 +39,7 @@ def copy_snapshots(
         return
     if cpu.runs(key):
         for copy in caches.ring.copies:
-            check_copy(batch, copy)
+            check_copy(batch, caches.ring, copy)
         cpu.run(cpu.COPY_SNAPSHOTS, None, key, value, heads, caches, batch)
         return
     check_layer(key, value, heads, caches, batch)

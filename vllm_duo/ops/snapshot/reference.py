@@ -24,7 +24,7 @@ def copy_snapshots(
     assert kv_cache is not None
     for copy in ring.copies:
         table = ring.block_table[copy.row, : len(copy.blocks)].long()
-        check_copy(batch, copy)
+        check_copy(batch, ring, copy)
         if not copy.store:
             kv_cache[table] = kv_cache[copy.blocks]
             continue
@@ -35,18 +35,22 @@ def copy_snapshots(
         scatter(key, value, heads.streaming, kv_cache, tokens, copy.blocks[columns], offsets)
 
 
-def check_copy(batch: Batch, copy: SnapshotCopy) -> None:
+def check_copy(batch: Batch, ring: RingTable, copy: SnapshotCopy) -> None:
     """Check that a copy fits its request: it resumes at the snapshot, or its chunk reaches it.
+
+    A stored boundary may also lie before the chunk, among the drafts that the step before it wrote:
+    the ring's slack still holds what a query there sees.
 
     Raises:
         ValueError: it does not.
     """
     context = int(batch.context_lens[copy.row])
     end = int(batch.host_seq_lens[copy.row])
-    if copy.store and not context <= copy.num_tokens <= end:
+    first = context - (ring.ring_size - ring.recent_size)
+    if copy.store and not first <= copy.num_tokens <= end:
         raise ValueError(
             f"a snapshot at {copy.num_tokens} tokens needs a chunk that reaches it, got tokens "
-            f"{context} to {end}"
+            f"{first} to {end}"
         )
     if not copy.store and context != copy.num_tokens:
         raise ValueError(

@@ -1,0 +1,140 @@
+"""A draft model's layers beside the model's own, before vLLM's own grouping."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.config.utils import replace
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.utils import (
+    get_supported_kv_cache_layouts,
+    resolve_kv_cache_layout,
+)
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from tests.this_process import this_process  # noqa: F401 - a fixture
+from vllm_duo import HeadPattern
+from vllm_duo.attention.backend import DuoAttentionBackend
+from vllm_duo.compat.pool_report import check_and_report
+from vllm_duo.drafts import DRAFT_MODEL, is_draft_model
+from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
+
+HEAD_SIZE = 16
+POOL_BYTES = 2**26
+
+
+def write_config(folder, layers, kv_heads):
+    folder.mkdir(exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2 * kv_heads * HEAD_SIZE,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": HEAD_SIZE,
+        "vocab_size": 64,
+        "max_position_embeddings": 4096,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Makes a server's config: 2 layers with 2 KV heads, 3 layers with 4 KV heads draft for them."""
+
+    def server(mask):
+        model = write_config(tmp_path / "model", 2, 2)
+        draft = write_config(tmp_path / "draft", 3, 4)
+        HeadPattern(np.asarray(mask, dtype=float)).save(model / "duo_pattern")
+        return EngineArgs(
+            model=str(model),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="float32",
+            block_size=16,
+            attention_backend="duo",
+            additional_config={"duo": {"threshold": 0.5}},
+            speculative_config={
+                "method": "draft_model",
+                "model": str(draft),
+                "num_speculative_tokens": 5,
+            },
+        ).create_engine_config()
+
+    return server
+
+
+def make_layers(config, layers, kv_heads, prefix=""):
+    """Attention layers as a model's constructor and loader make them."""
+    with set_current_vllm_config(config):
+        made = [
+            Attention(
+                2 * kv_heads,
+                HEAD_SIZE,
+                1.0,
+                kv_heads,
+                cache_config=config.cache_config,
+                prefix=f"{prefix}model.layers.{layer}.self_attn.attn",
+            )
+            for layer in range(layers)
+        ]
+    for layer in made:
+        layer.process_weights_after_loading(torch.float32)
+    return made
+
+
+def specs_of(config):
+    """Spec of each cache, the model's and the draft model's, as vLLM's runner collects them."""
+    drafting = replace(config, model_config=config.speculative_config.draft_model_config)
+    assert is_draft_model(drafting)
+    assert not is_draft_model(config)
+    make_layers(config, 2, 2)
+    layers = make_layers(drafting, 3, 4, f"{DRAFT_MODEL}.")
+    specs = GPUModelRunner.get_kv_cache_spec(
+        SimpleNamespace(vllm_config=config, shared_kv_cache_layers={})
+    )
+    supported = [found.name for found in get_supported_kv_cache_layouts([DuoAttentionBackend])]
+    resolve_kv_cache_layout(config, [supported], specs.values())
+    return specs, layers
+
+
+def test_its_heads_keep_every_token(server):
+    specs, layers = specs_of(server([[0, 1], [0, 0]]))
+    drafts = {name: spec for name, spec in specs.items() if name.startswith(DRAFT_MODEL)}
+    every = RetrievalSpec(block_size=16, num_kv_heads=4, head_size=HEAD_SIZE, dtype=torch.float32)
+    assert list(drafts) == [layer.layer_name for layer in layers]
+    assert set(drafts.values()) == {every}
+    assert all(layer.impl.heads.retrieval.tolist() == [0, 1, 2, 3] for layer in layers)
+    streaming = [spec for spec in specs.values() if isinstance(spec, StreamingSpec)]
+    # Room for what it drafts, and blocks for the tokens ahead that its own passes write.
+    assert {(spec.draft_size, spec.lookahead_size) for spec in streaming} == {(5, 5)}
+
+
+@pytest.mark.parametrize("mask", [[[0, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [1, 0]]])
+def test_vllm_groups_both_models_as_planned(server, mask):
+    config = server(mask)
+    specs, layers = specs_of(config)
+    (found,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [POOL_BYTES])
+    layout = check_and_report(config, found)
+    assert layout.block_bytes >= 16 * 3 * 4 * 2 * HEAD_SIZE * 4
+    assert found.num_blocks == layout.num_blocks(POOL_BYTES)
+    assert {layer.layer_name for layer in layers} <= set(found.kv_cache_groups[0].layer_names)
+
+
+def test_all_heads_of_both_models_retrieve(server):
+    """Without a streaming head there is nothing to report; both models are in one group."""
+    config = server([[1, 1], [1, 1]])
+    specs, _ = specs_of(config)
+    (found,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [POOL_BYTES])
+    assert check_and_report(config, found) is None
+    assert len(found.kv_cache_groups) == 1
