@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.oracle import MEMORY_LAYOUTS, Store, run_step
-from tests.ops.test_attention import MASKS, assert_rule_holds, make_sequences, serve
+from tests.ops.test_attention import (
+    MASKS,
+    assert_rule_holds,
+    make_sequences,
+    serve,
+    serve_drafts,
+)
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.ops.batch import Batch, SnapshotCopy
 from vllm_duo.ops.quantise import dequantise, quantise
@@ -237,6 +243,12 @@ def test_a_restored_snapshot_is_the_state_it_was_stored_from(form):
     served = dataclasses.replace(first, outputs=[torch.cat(first.outputs)[:150], *second.outputs])
     assert_rule_holds(as_kept([served], form), mask, 20, 75, 0.2)
     assert_rule_holds(as_kept([first], form), mask, 20, 75, 0.2)
+
+
+@pytest.mark.parametrize("draft_size", [4, 9])
+def test_rejected_drafts_leave_no_trace(form, draft_size):
+    settings = {"form": form, "scales": SCALES}
+    serve_drafts(draft_size, draft_size, 33, 63, kept=lambda made: as_kept(made, form), **settings)
 
 
 def test_reference_refuses(monkeypatch):
