@@ -125,7 +125,9 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
         )
         # All that the specs read of an attention layer.
         layer: Any = SimpleNamespace(
-            head_size=model.get_head_size(), kv_cache_torch_dtype=model.dtype
+            head_size=model.get_head_size(),
+            kv_cache_torch_dtype=model.dtype,
+            kv_cache_dtype=config.cache_config.cache_dtype,
         )
         for index, name in enumerate(names):
             retrieval = layout.shape.retrieval_heads[index]
