@@ -126,7 +126,8 @@ def refusals() -> dict[str, str]:
     reasons = [reason for _, *reasons in REFUSED_MODELS.values() for reason in reasons]
     reasons += [reason for reason, _ in REFUSED_SETTINGS.values()]
     return {
-        reason: re.split(r" \(\{|: | \d| \(--| (?=fp8|nvfp4|bfloat16)", reason)[0] for reason in reasons
+        reason: re.split(r" \(\{|: | \d| \(--| (?=fp8|nvfp4|bfloat16)", reason)[0]
+        for reason in reasons
     }
 
 
