@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_duo import HeadPattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
+from vllm_duo.kv_cache.ranks import stage_sizes
 
 
 def published_layout(folder, sparsity: float) -> Layout:
@@ -22,8 +23,8 @@ def published_layout(folder, sparsity: float) -> Layout:
     )
 
 
-def published_ranks(folder, ranks: int, *, balance: bool = False) -> Layout:
-    """The same at 50 % over several ranks; ``balance``: every rank streams half of its heads."""
+def published_ranks(folder, ranks: int, *, stages: int = 1, balance: bool = False) -> Layout:
+    """The same at 50 % over ranks and stages; ``balance``: every rank streams half of its heads."""
     selection = HeadPattern.load(folder).select(sparsity=0.5, balance_ranks=ranks if balance else 1)
     return plan_layout(
         KVShape.split(
@@ -31,6 +32,7 @@ def published_ranks(folder, ranks: int, *, balance: bool = False) -> Layout:
             head_size=128,
             dtype_bytes=2,
             tensor_parallel_size=ranks,
+            stage_sizes=stage_sizes(selection.num_layers, stages),
         ),
         block_size=128,
         sink_size=64,

@@ -109,6 +109,8 @@ def test_table_of_what_ranks_cost():
         if folder.is_dir():
             layouts = [published_ranks(folder, ranks) for ranks in (1, 2, 4, 8)]
             layouts.append(published_ranks(folder, 8, balance=True))
+            layouts.append(published_ranks(folder, 1, stages=2))
+            layouts.append(published_ranks(folder, 8, stages=2, balance=True))
             cells = " | ".join(f"{layout.times_stock(32_768):.2f} x" for layout in layouts)
             assert f"| {folder.name} | {cells} |" in text
 

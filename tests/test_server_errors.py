@@ -118,8 +118,8 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
 REFUSED_SETTINGS = {
-    "Ray executor": (
-        "--distributed-executor-backend ray: not tested yet, use mp",
+    "Ray executor on CPUs": (
+        "--distributed-executor-backend ray: vLLM does not run Ray on the platform cpu, use mp",
         {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
     ),
     "several nodes": (
@@ -127,7 +127,8 @@ REFUSED_SETTINGS = {
         {"tensor_parallel_size": 2, "nnodes": 2},
     ),
     "pipeline parallelism": (
-        "--pipeline-parallel-size 2: not tested yet, set it to 1",
+        "--pipeline-parallel-size 2: vLLM's model runner for CPUs fails with it whatever the attention "
+        "backend, set it to 1",
         {"pipeline_parallel_size": 2},
     ),
     "decode-context parallelism": (
@@ -369,6 +370,48 @@ class TestRefusals:
             monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
 
         return choose
+
+    @pytest.fixture
+    def executor_reasons(self, monkeypatch):
+        """What is refused of vLLM's parallel settings, on a platform that runs Ray."""
+
+        def reasons(ray_device_key="GPU", **settings):
+            platform = SimpleNamespace(device_name="stand-in", ray_device_key=ray_device_key)
+            monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
+            defaults = {"distributed_executor_backend": "mp", "data_parallel_backend": "mp"}
+            sizes = {"data_parallel_size": 1, "world_size": 2}
+            parallel = SimpleNamespace(**(defaults | sizes | settings))
+            return list(support.executor_refusals(parallel))
+
+        return reasons
+
+    def test_ray_where_vllm_runs_it(self, executor_reasons):
+        assert executor_reasons(distributed_executor_backend="ray") == []
+
+    def test_ray_where_vllm_does_not(self, executor_reasons):
+        (reason,) = executor_reasons("", distributed_executor_backend="ray", world_size=1)
+        assert reason.endswith("vLLM does not run Ray on the platform stand-in, use mp")
+
+    @pytest.mark.refused("Ray executor and data parallelism together")
+    def test_ray_and_replicas(self, executor_reasons):
+        (reason,) = executor_reasons(distributed_executor_backend="ray", data_parallel_size=2)
+        assert "ray with --data-parallel-size 2: not tested yet" in reason
+
+    @pytest.mark.refused("data parallelism over Ray")
+    def test_replicas_over_ray(self, executor_reasons):
+        (reason,) = executor_reasons(data_parallel_backend="ray", data_parallel_size=2)
+        assert reason == "--data-parallel-backend ray: not tested yet, use mp"
+
+    def test_other_executors(self, executor_reasons):
+        (reason,) = executor_reasons(distributed_executor_backend="external_launcher")
+        assert reason == "--distributed-executor-backend external_launcher: not tested yet, use mp"
+
+    @pytest.mark.parametrize("is_cpu", [True, False])
+    def test_pipelines_are_refused_on_cpus_alone(self, monkeypatch, is_cpu):
+        platform = SimpleNamespace(is_cpu=lambda: is_cpu)
+        monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
+        assert bool(support.pipeline_refusal(2)) is is_cpu
+        assert support.pipeline_refusal(1) is None
 
     @pytest.mark.refused("other platforms")
     def test_other_platform(self, platform):

@@ -117,12 +117,17 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
     },
     "Parallelism": {
         "tensor parallelism": "vLLM's multiprocessing executor, one machine ([how](scale.md))",
+        "tensor parallelism over Ray": "two nodes, with vLLM's refusal of Ray on CPUs lifted by the "
+        "test ([how](scale.md#ray))",
         "KV heads that the ranks do not divide": "nor they the ranks",
-        "pipeline parallelism": "",
+        "pipeline parallelism": "on CPUs vLLM 0.32 fails with it; the stages' caches are tested, "
+        "nothing was served ([scale](scale.md#pipeline-parallelism))",
         "data parallelism": "",
+        "data parallelism over Ray": "`--data-parallel-backend ray`",
         "prefill-context parallelism": "",
         "decode-context parallelism": "",
-        "Ray executor": "",
+        "Ray executor on CPUs": "vLLM itself does not run it there",
+        "Ray executor and data parallelism together": "",
         "several nodes": "`--nnodes`",
     },
     "Beyond one engine": {

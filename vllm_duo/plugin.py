@@ -11,6 +11,9 @@ from vllm_duo.logging import get_logger
 logger = get_logger(__name__)
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_NAME = "duo"
+"""Our entry point, and the name that ``VLLM_PLUGINS`` must have where it is set."""
 
 
 def version_problem(version: str) -> str | None:

@@ -5,6 +5,7 @@ Every process (front end, engine core, workers) resolves the same plan from the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from vllm_duo.config import SECTION, DuoConfig, ResolvedDuo, resolve
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
-from vllm_duo.kv_cache.ranks import heads_per_rank, own_heads
+from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, stage_sizes
 from vllm_duo.kv_cache.tensor_parallel import SplitCost, replan, split_cost
 
 if TYPE_CHECKING:
@@ -39,11 +40,27 @@ class ServerPlan:
         pattern: the head pattern in use.
         resolved: the selected heads, sink and recent sizes.
         tensor_parallel_size: ranks that each layer's heads are split over.
+        stage_sizes: layers of each pipeline stage; empty: one stage.
     """
 
     pattern: HeadPattern
     resolved: ResolvedDuo
     tensor_parallel_size: int = 1
+    stage_sizes: tuple[int, ...] = ()
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        """Stages that the layers are split over."""
+        return max(len(self.stage_sizes), 1)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of all stages."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def first_layer(self, stage: int) -> int:
+        """Index of a pipeline stage's first layer."""
+        return sum(self.stage_sizes[:stage])
 
     @property
     def num_rank_heads(self) -> int:
@@ -54,7 +71,7 @@ class ServerPlan:
         """[Hkv / tp] bool of a layer's heads on one rank, True for a retrieval head.
 
         Args:
-            layer: index.
+            layer: index in the model.
             rank: tensor-parallel rank.
 
         Raises:
@@ -110,6 +127,7 @@ class ServerPlan:
                 row_bytes=row_bytes,
                 tensor_parallel_size=self.tensor_parallel_size,
                 draft_token_bytes=drafts.token_bytes,
+                stage_sizes=self.stage_sizes or None,
             ),
             block_size=block_size,
             sink_size=min(self.resolved.sink_size, max_model_len),
@@ -118,7 +136,7 @@ class ServerPlan:
         )
 
     def split_costs(self, layout: Layout, num_tokens: int) -> tuple[SplitCost, SplitCost | None]:
-        """What splitting the heads over the ranks costs, and what it would with ``balance``.
+        """What splitting over ranks and stages costs, and what it would with ``balance``.
 
         Args:
             layout: this plan's.
@@ -129,12 +147,14 @@ class ServerPlan:
             threshold selects them.
         """
         resolved, ranks = self.resolved, self.tensor_parallel_size
-        cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens)
+        stages = self.pipeline_parallel_size
+        cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens, stages)
         if ranks == 1 or resolved.balance or resolved.cut != "sparsity":
             return cost, None
         selection = self.pattern.select(sparsity=resolved.cut_value, balance_ranks=ranks)
         mask = selection.retrieval.tolist()
-        return cost, split_cost(replan(layout, mask, ranks), mask, num_tokens)
+        balanced = replan(layout, mask, ranks, self.stage_sizes or None)
+        return cost, split_cost(balanced, mask, num_tokens, stages)
 
 
 def is_duo(vllm_config: VllmConfig) -> bool:
@@ -169,6 +189,7 @@ def resolve_plan(vllm_config: VllmConfig) -> ServerPlan:
         model.get_total_num_hidden_layers(),
         model.get_total_num_kv_heads(),
         vllm_config.parallel_config.tensor_parallel_size,
+        vllm_config.parallel_config.pipeline_parallel_size,
     )
 
 
@@ -178,8 +199,12 @@ def make_plan(
     num_layers: int,
     num_kv_heads: int,
     tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
 ) -> ServerPlan:
     """The same from settings and a model's shape, as the command line has them.
+
+    Like vLLM it takes the layers of each pipeline stage from ``VLLM_PP_LAYER_PARTITION``, if that is
+    set.
 
     Args:
         additional_config: vLLM's ``--additional-config``.
@@ -187,11 +212,15 @@ def make_plan(
         num_layers: attention layers of the model.
         num_kv_heads: KV heads of one layer, before any tensor-parallel split.
         tensor_parallel_size: ranks that these are split over.
+        pipeline_parallel_size: stages that the layers are split over.
 
     Raises:
-        ValueError: bad settings, no pattern, or a pattern of another shape.
+        ValueError: bad settings, no pattern, a pattern of another shape, or impossible stages.
     """
     config = DuoConfig.from_additional_config(additional_config)
     pattern = find_pattern(config.pattern, model, num_layers, num_kv_heads)
     resolved = resolve(config, pattern, tensor_parallel_size)
-    return ServerPlan(pattern, resolved, tensor_parallel_size)
+    stages: tuple[int, ...] = ()
+    if pipeline_parallel_size > 1:
+        stages = stage_sizes(num_layers, pipeline_parallel_size, os.environ.get(PARTITION))
+    return ServerPlan(pattern, resolved, tensor_parallel_size, stages)

@@ -13,7 +13,7 @@ from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.model_facts import ModelFacts, model_refusals
 
 if TYPE_CHECKING:
-    from vllm.config import CacheConfig, ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
     from vllm.config.cache import CacheDType
 
 UNQUANTISED_CACHE_DTYPES: tuple[CacheDType, ...] = ("auto", "float16", "bfloat16")
@@ -149,13 +149,49 @@ def parallel_refusal(flag: str, size: int) -> str | None:
     return f"{flag} {size}: not tested yet, set it to 1" if size > 1 else None
 
 
+def pipeline_refusal(size: int) -> str | None:
+    """Why a server of so many pipeline stages cannot run on this platform, if so."""
+    from vllm.platforms import current_platform
+
+    if size > 1 and current_platform.is_cpu():
+        return (
+            f"--pipeline-parallel-size {size}: vLLM's model runner for CPUs fails with it whatever the "
+            "attention backend, set it to 1"
+        )
+    return None
+
+
+def executor_refusals(parallel: ParallelConfig) -> Iterator[str]:
+    """Why duo cannot serve with the processes that vLLM would start, if so."""
+    from vllm.platforms import current_platform
+
+    backend, replicas = parallel.distributed_executor_backend, parallel.data_parallel_size
+    if backend == "ray" and not current_platform.ray_device_key:
+        yield (
+            "--distributed-executor-backend ray: vLLM does not run Ray on the platform "
+            f"{current_platform.device_name}, use mp"
+        )
+    elif backend == "ray" and replicas > 1:
+        yield (
+            f"--distributed-executor-backend ray with --data-parallel-size {replicas}: not tested "
+            "yet, use one of them"
+        )
+    elif backend not in ("mp", "ray") and parallel.world_size > 1:
+        yield f"--distributed-executor-backend {backend}: not tested yet, use mp"
+    if replicas > 1 and parallel.data_parallel_backend != "mp":
+        yield f"--data-parallel-backend {parallel.data_parallel_backend}: not tested yet, use mp"
+
+
 def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
     parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1:
-        yield from _tensor_parallelism(vllm_config)
+    ranks, heads = parallel.tensor_parallel_size, vllm_config.model_config.get_total_num_kv_heads()
+    if ranks > 1 and (problem := split_problem(heads, ranks)):
+        yield f"--tensor-parallel-size {ranks}: {problem}"
+    yield from executor_refusals(parallel)
+    if reason := pipeline_refusal(parallel.pipeline_parallel_size):
+        yield reason
     for name, value in (
         ("--nnodes", parallel.nnodes),
-        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
     ):
@@ -163,16 +199,6 @@ def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
             yield reason
     if parallel.use_ubatching:
         yield "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace"
-
-
-def _tensor_parallelism(vllm_config: VllmConfig) -> Iterator[str]:
-    parallel = vllm_config.parallel_config
-    ranks, heads = parallel.tensor_parallel_size, vllm_config.model_config.get_total_num_kv_heads()
-    if problem := split_problem(heads, ranks):
-        yield f"--tensor-parallel-size {ranks}: {problem}"
-    backend = parallel.distributed_executor_backend
-    if backend != "mp":
-        yield f"--distributed-executor-backend {backend}: not tested yet, use mp"
 
 
 def _quantised_cache(cache: CacheConfig) -> Iterator[str]:
@@ -217,13 +243,14 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     )
 
 
-def draft_model_refusals(ranks: int, cache_dtype: str) -> Iterator[str]:
-    """Why no draft model runs on so many tensor-parallel ranks or with such a cache, if so."""
-    if ranks > 1:
-        yield (
-            f"the draft model: --tensor-parallel-size {ranks} is not tested with one; use "
-            f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
-        )
+def draft_model_refusals(ranks: int, stages: int, cache_dtype: str) -> Iterator[str]:
+    """Why no draft model runs on so many ranks and pipeline stages or with such a cache, if so."""
+    for kind, size in (("tensor", ranks), ("pipeline", stages)):
+        if size > 1:
+            yield (
+                f"the draft model: --{kind}-parallel-size {size} is not tested with one; use "
+                f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
+            )
     if cache_dtype in FORMATS:
         yield (
             f"the draft model: --kv-cache-dtype {cache_dtype} is not tested with one; use "
@@ -234,8 +261,12 @@ def draft_model_refusals(ranks: int, cache_dtype: str) -> Iterator[str]:
 def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     """Why this model cannot draft, if so."""
     speculation = vllm_config.speculative_config
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    yield from draft_model_refusals(ranks, vllm_config.cache_config.cache_dtype)
+    parallel = vllm_config.parallel_config
+    yield from draft_model_refusals(
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        vllm_config.cache_config.cache_dtype,
+    )
     # vLLM calls a drafting model's task "draft".
     facts = replace(facts_of(speculation.draft_model_config), runner_type="generate")
     for reason in model_refusals(facts):

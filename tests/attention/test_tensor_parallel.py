@@ -1,16 +1,17 @@
-"""The layers of every rank, one rank after another in this process, before vLLM's own grouping."""
+"""The layers of all ranks and stages, made one after another here, before vLLM's own grouping."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed.utils import get_pp_indices
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -51,13 +52,17 @@ MASKS = {
 
 @dataclass(frozen=True)
 class Split:
-    """A server's config, its plan, and what every rank says of its caches."""
+    """A server's config, its plan, and what every rank says of its caches.
+
+    ``rank_specs`` and ``heads`` are by rank, stage by stage; ``heads`` by a stage's layers.
+    """
 
     config: object
     layout: Layout
     mask: np.ndarray
     rank_specs: list[dict]
-    heads: list[list]
+    heads: list[dict]
+    tensor_parallel_size: int
 
     @property
     def ranks(self) -> int:
@@ -74,7 +79,7 @@ class Split:
 def split(tmp_path, monkeypatch):
     """Makes the attention layers of all ranks as a model's constructor and loader do."""
 
-    def split(mask, ranks, drafts=0, **duo) -> Split:
+    def split(mask, ranks, stages=1, drafts=0, **duo) -> Split:
         mask = np.asarray(mask, dtype=bool)
         layers, kv_heads = mask.shape
         heads = max(kv_heads, ranks) * 2
@@ -105,14 +110,18 @@ def split(tmp_path, monkeypatch):
             additional_config={"duo": {k: v for k, v in section.items() if v is not None}},
             speculative_config=ngram if drafts else None,
         ).create_engine_config()
+        # Set once the start check, which refuses stages on CPUs, has passed.
+        config.parallel_config.pipeline_parallel_size = stages
         context = config.compilation_config.static_forward_context
         rank_specs, heads_by_rank = [], []
-        for rank in range(ranks):
+        for stage, rank in product(range(stages), range(ranks)):
             monkeypatch.setattr(specs, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            group = SimpleNamespace(rank_in_group=stage)
+            monkeypatch.setattr(specs, "get_pp_group", lambda group=group: group)
             context.clear()
             with set_current_vllm_config(config):
-                made = [
-                    Attention(
+                made = {
+                    layer: Attention(
                         heads // ranks,
                         HEAD_SIZE,
                         1.0,
@@ -120,14 +129,14 @@ def split(tmp_path, monkeypatch):
                         cache_config=config.cache_config,
                         prefix=f"model.layers.{layer}.self_attn.attn",
                     )
-                    for layer in range(layers)
-                ]
-            for layer in made:
+                    for layer in range(*get_pp_indices(layers, stage, stages))
+                }
+            for layer in made.values():
                 layer.process_weights_after_loading(torch.float32)
             runner = SimpleNamespace(vllm_config=config, shared_kv_cache_layers={})
             rank_specs.append(GPUModelRunner.get_kv_cache_spec(runner))
-            heads_by_rank.append([layer.impl.heads for layer in made])
-            assert all(context[layer.layer_name] is layer for layer in made)
+            heads_by_rank.append({layer: each.impl.heads for layer, each in made.items()})
+            assert all(context[layer.layer_name] is layer for layer in made.values())
         supported = [found.name for found in get_supported_kv_cache_layouts([DuoAttentionBackend])]
         resolve_kv_cache_layout(config, [supported], rank_specs[0].values())
         layout = specs.plan_of(config).layout(
@@ -137,7 +146,7 @@ def split(tmp_path, monkeypatch):
             max_model_len=4096,
             drafts=Drafts.of(config),
         )
-        return Split(config, layout, mask, rank_specs, heads_by_rank)
+        return Split(config, layout, mask, rank_specs, heads_by_rank, ranks)
 
     return split
 
@@ -177,11 +186,15 @@ def check(found: Split) -> None:
 def check_heads(found: Split) -> None:
     """Every rank's caches have its heads of each class; unused ones have one head."""
     kv_heads = found.mask.shape[1]
-    size = max(kv_heads // found.ranks, 1)
+    ranks = found.tensor_parallel_size
+    size = max(kv_heads // ranks, 1)
+    assert sorted(layer for heads in found.heads[::ranks] for layer in heads) == (
+        list(range(len(found.mask)))
+    )
     for rank, own in enumerate(found.rank_specs):
-        first = rank * kv_heads // found.ranks
-        for layer, row in enumerate(found.mask[:, first : first + size]):
-            heads = found.heads[rank][layer]
+        first = rank % ranks * kv_heads // ranks
+        for layer, heads in found.heads[rank].items():
+            row = found.mask[layer, first : first + size]
             assert heads.retrieval.tolist() == np.flatnonzero(row).tolist()
             assert heads.streaming.tolist() == np.flatnonzero(~row).tolist()
             for kind, number in ((RetrievalSpec, row.sum()), (StreamingSpec, (~row).sum())):
@@ -190,11 +203,12 @@ def check_heads(found: Split) -> None:
                     for name, spec in own.items()
                     if extract_layer_index(name) == layer
                     and isinstance(spec, kind)
-                    and not name.endswith(UNUSED_SUFFIX)
+                    and UNUSED_SUFFIX not in name
                 ]
                 assert used == [number] * bool(number)
-        unused = [spec for name, spec in own.items() if name.endswith(UNUSED_SUFFIX)]
+        unused = [spec for name, spec in own.items() if UNUSED_SUFFIX in name]
         assert all(spec.num_kv_heads == 1 for spec in unused)
+        assert {extract_layer_index(name) for name in own} == set(found.heads[rank])
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -214,11 +228,74 @@ def test_a_published_pattern(split, name, ranks):
     check(found)
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_vllm_groups_all_stages_as_planned(split, mask, ranks, stages):
+    found = split(mask, ranks, stages)
+    assert found.ranks == ranks * stages
+    check_heads(found)
+    check(found)
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 2), (1, 4), (2, 2), (4, 2)])
+@pytest.mark.parametrize("name", list_shipped())
+def test_a_published_pattern_in_stages(split, name, ranks, stages):
+    mask = HeadPattern.load(PUBLISHED / name).select(sparsity=0.5).retrieval
+    found = split(mask, ranks, stages)
+    check_heads(found)
+    check(found)
+
+
+def test_a_partition_of_the_users(split, monkeypatch):
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    found = split(MASKS["mixed"], 1, 2)
+    assert [list(heads) for heads in found.heads] == [[0], [1, 2]]
+    check_heads(found)
+    check(found)
+
+
+def test_each_bin_without_heads_of_a_rank_has_a_cache_of_its_own(split, monkeypatch):
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "6,2")
+    found = split([[0, 0, 0, 0]] * 7 + [[1, 1, 0, 0]], 2, 2)
+    assert len(found.layout.bins) == 3
+    unused = [
+        sorted(
+            spec.bin for name, spec in own.items() if UNUSED_SUFFIX in name and hasattr(spec, "bin")
+        )
+        for own in found.rank_specs
+    ]
+    assert unused == [[], [], [0, 1], [1]]
+    check_heads(found)
+    check(found)
+
+
+def test_stages_of_unequal_memory_have_equal_pools(split):
+    found = split(MASKS["exclusive"], 1, 3)
+    configs = found.configs([POOL_BYTES, POOL_BYTES, POOL_BYTES // 4])
+    expected = POOL_BYTES // 4 // rank_block_bytes(found.layout, 2)
+    assert {config.num_blocks for config in configs} == {
+        min(expected, found.layout.num_blocks(POOL_BYTES))
+    }
+
+
+def test_scheduler_gets_the_groups_of_all_stages(split):
+    """What it sees is the first stage's, which has no retrieval heads here."""
+    found = split(MASKS["exclusive"], 1, 3)
+    config = kv_cache_utils.generate_scheduler_kv_cache_config(found.configs())
+    layout = check_and_report(found.config, config)
+    assert layout == found.layout
+    assert len(config.kv_cache_groups) == layout.num_groups
+    kinds = [type(group.kv_cache_spec) for group in config.kv_cache_groups]
+    assert kinds == [RetrievalSpec, *[StreamingSpec] * len(layout.bins)]
+    assert [group.kv_cache_spec.bin for group in config.kv_cache_groups[1:]] == (
+        list(range(len(layout.bins)))
+    )
+
+
 def test_groups_without_heads_of_a_rank_have_an_unused_cache_there(split):
     found = split(MASKS["retrieval on the first ranks alone"], 2)
-    first, second = (
-        {name for name in own if name.endswith(UNUSED_SUFFIX)} for own in found.rank_specs
-    )
+    first, second = ({name for name in own if UNUSED_SUFFIX in name} for own in found.rank_specs)
     assert len(first) == len(found.layout.bins)
     assert len(second) == 1
 

@@ -45,6 +45,7 @@ def test_every_flag_counts(run, model):
     _, out, _ = run(
         *("plan", model, "--pattern", PATTERN, "--threshold", "0.9", "--sink-size", "10"),
         *("--recent-size", "20", "--tp", "2", "--dtype", "float32", "--block-size", "16"),
+        *("--pp", "3"),
         *("--max-model-len", "auto", "--kv-cache-gib", "0.5", "--lengths", "64,128", "--json"),
         *("--num-speculative-tokens", "3"),
     )
@@ -52,7 +53,8 @@ def test_every_flag_counts(run, model):
     found = plan.settings
     assert (found.cut, found.cut_value) == ("threshold", 0.9)
     assert (found.sink_size, found.recent_size, found.block_size) == (10, 20, 16)
-    assert (found.tensor_parallel_size, found.dtype) == (2, "float32")
+    assert (found.tensor_parallel_size, found.pipeline_parallel_size) == (2, 3)
+    assert found.dtype == "float32"
     assert found.kv_cache_bytes == 2**29
     assert (found.num_speculative_tokens, found.draft_model) == (3, None)
     assert found.max_model_len == plan.longest_request_tokens
@@ -129,6 +131,8 @@ def test_plot(run, model, tmp_path, suffix):
         (["--draft-model", "x"], "--draft-model: expected --num-speculative-tokens of 1 or more"),
         (["--tp", "3"], "8 KV heads cannot be split over 3 ranks"),
         (["--tp", "0"], "--tp: expected more than 0, got 0"),
+        (["--pp", "0"], "--pp: expected more than 0, got 0"),
+        (["--pp", "33"], "--pipeline-parallel-size: expected 1 to 32, the model's layers, got 33"),
         (["--dtype", "int8"], "--dtype: expected one of auto, half, float, float16"),
         (["--kv-cache-dtype", "int3"], "--kv-cache-dtype: expected one of auto"),
         (["--lengths", "4k"], "--lengths: expected numbers of tokens as in 4096,32768, got '4k'"),

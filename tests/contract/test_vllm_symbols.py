@@ -138,7 +138,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
     "support.py": [
         ("vllm.config:SchedulerConfig", members("async_scheduling")),
         ("vllm.config:SpeculativeConfig", members("parallel_drafting", "kv_cache_dtype")),
-        ("vllm.platforms.interface:Platform", members("is_cpu", "device_name")),
+        ("vllm.platforms.interface:Platform", members("is_cpu", "device_name", "ray_device_key")),
         ("vllm.config:ModelConfig", sets("runner_type", by="__post_init__")),
         (
             "vllm.config:ModelConfig",
@@ -152,6 +152,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ("vllm.config:ModelConfig.get_head_size", None),
         ("vllm.config:ParallelConfig", members("tensor_parallel_size", "pipeline_parallel_size")),
         ("vllm.config:ParallelConfig", members("data_parallel_size", "use_ubatching")),
+        ("vllm.config:ParallelConfig", members("data_parallel_backend", "world_size")),
         ("vllm.config:ParallelConfig", members("nnodes", "distributed_executor_backend")),
         (
             "vllm.config:ParallelConfig",
@@ -202,6 +203,35 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             takes("vllm_config", "kv_cache_config"),
         ),
         (f"{INTERFACE}:KVCacheGroupSpec", members("layer_names", "kv_cache_spec")),
+    ],
+    "compat/ray_nodes.py": [
+        ("vllm.v1.executor.ray_executor_v2:RayExecutorV2._build_runtime_env", None),
+        (
+            "vllm.v1.executor.ray_executor_v2:RayExecutorV2._init_executor",
+            beside(
+                "initialize_ray_cluster(self.parallel_config, require_gpu_on_driver=False)",
+                "runtime_env = self._build_runtime_env()",
+                "os.environ.setdefault(key, value)",
+            ),
+        ),
+        (
+            "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_workers_ray",
+            takes("placement_group"),
+        ),
+        (
+            "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_executor",
+            names("initialize_ray_cluster(self.parallel_config)", "self._init_workers_ray("),
+        ),
+        (
+            "vllm.v1.executor.ray_utils:initialize_ray_cluster",
+            names("parallel_config.placement_group ="),
+        ),
+        ("vllm.config:ParallelConfig", members("placement_group", "pipeline_parallel_size")),
+    ],
+    "compat/worker_specs.py": [
+        ("vllm.v1.executor.abstract:Executor.get_kv_cache_specs", None),
+        ("vllm.v1.executor.abstract:Executor.collective_rpc", takes("method")),
+        ("vllm.v1.engine.core:EngineCore._initialize_kv_caches", names(".get_kv_cache_specs()")),
     ],
     "compat/scheduler_stats.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler.make_stats", None),
@@ -363,14 +393,17 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (f"{INTERFACE}:get_kv_quant_mode", takes("kv_cache_dtype")),
         (f"{INTERFACE}:AttentionSpec", members("kv_quant_mode", "state_content_bytes")),
         ("vllm.distributed:get_tensor_model_parallel_rank", None),
+        ("vllm.distributed:get_pp_group", None),
+        ("vllm.distributed.parallel_state:GroupCoordinator", sets("rank_in_group")),
         ("vllm.config:CacheConfig", members("block_size")),
-        ("vllm.config:ParallelConfig", members("tensor_parallel_size")),
+        ("vllm.config:ParallelConfig", members("tensor_parallel_size", "pipeline_parallel_size")),
     ],
     "kv_cache/ranks.py": [
         (
             "vllm.model_executor.layers.linear:QKVParallelLinear",
             sets("num_kv_heads", "num_kv_head_replicas"),
         ),
+        ("vllm.distributed.utils:get_pp_indices", names("VLLM_PP_LAYER_PARTITION")),
     ],
     "attention/metadata.py": [
         (f"{BACKEND}:AttentionMetadata", None),

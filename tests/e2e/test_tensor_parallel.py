@@ -97,8 +97,7 @@ def run(
         recent_size=RECENT,
         max_num_batched_tokens=100,
         tensor_parallel_size=ranks,
-        distributed_executor_backend="mp",
-        **settings,
+        **{"distributed_executor_backend": "mp", **settings},
     ) as running:
         watch(running.core.scheduler)
         answers = running.generate(prompts) + running.generate(prompts)

@@ -1,14 +1,15 @@
-"""Our arithmetic of which rank has which KV heads, held against what vLLM's own layer loads."""
+"""Which rank has which layers and KV heads, held against vLLM's own division and weight loading."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
-from vllm_duo.kv_cache.ranks import heads_per_rank, own_heads, split_problem
+from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, split_problem, stage_sizes
 
 SPLITS = [(1, 1), (8, 1), (8, 2), (8, 4), (8, 8), (2, 4), (2, 8), (1, 8), (32, 8), (4, 16), (6, 3)]
 HEAD_SIZE, HIDDEN = 16, 2
@@ -51,3 +52,30 @@ def test_others_cannot(num_kv_heads, ranks):
     assert f"{num_kv_heads} KV heads cannot be split over {ranks} ranks" in split_problem(
         num_kv_heads, ranks
     )
+
+
+class TestStages:
+    @staticmethod
+    def of_vllm(num_layers: int, stages: int) -> tuple[int, ...]:
+        bounds = [get_pp_indices(num_layers, stage, stages) for stage in range(stages)]
+        assert [first for first, _ in bounds] == [0, *(end for _, end in bounds[:-1])]
+        return tuple(end - first for first, end in bounds)
+
+    @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 8])
+    @pytest.mark.parametrize("num_layers", [8, 13, 32, 33, 34, 35, 80])
+    def test_a_stage_has_the_layers_that_vllm_puts_there(self, num_layers, stages):
+        assert stage_sizes(num_layers, stages) == self.of_vllm(num_layers, stages)
+
+    def test_a_partition_is_vllms(self, monkeypatch):
+        monkeypatch.setenv(PARTITION, "3, 4,1")
+        assert stage_sizes(8, 3, "3, 4,1") == self.of_vllm(8, 3) == (3, 4, 1)
+
+    @pytest.mark.parametrize("partition", ["4,4", "3,4,2", "8,0,0", "3,4,x", "", "9,-2,1"])
+    def test_a_partition_of_other_layers(self, partition):
+        with pytest.raises(ValueError, match=f"{PARTITION}: expected 3 numbers of layers, .* 8 in"):
+            stage_sizes(8, 3, partition)
+
+    @pytest.mark.parametrize("stages", [0, 9])
+    def test_a_stage_without_a_layer(self, stages):
+        with pytest.raises(ValueError, match=f"expected 1 to 8, the model's layers, got {stages}"):
+            stage_sizes(8, stages)

@@ -172,6 +172,29 @@ def test_llama_31_70b_on_eight_ranks(tmp_path):
     ]
 
 
+def test_a_stage_keeps_its_own_layers(tmp_path, monkeypatch):
+    """32 layers x 8 heads, half of them streaming; a block of 128 tokens of 64 heads is 4 MiB."""
+    settings = {
+        "model": write_model(tmp_path / "model", 32, 32, 8, 4096),
+        "duo": {"pattern": checkered(tmp_path / "pattern", 32, 8)},
+        "kv_cache_bytes": 20 * GIB,
+        "max_model_len": TOKENS,
+        "pipeline_parallel_size": 2,
+    }
+    plan = plan_memory(PlanRequest(**settings))
+    assert plan.bytes_per_token == 64 * 512
+    assert (plan.block_bytes, plan.num_blocks) == (64 * 128 * 512, 5120)
+    assert plan.full.bytes_per_token == 128 * 512
+    assert plan.notes == [
+        "pipeline parallelism 2: 64 retrieval heads a rank; requests of 32768 tokens: 1.98 x stock on "
+        "each rank, 1.98 x on a single one, 0.0 % lost"
+    ]
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "24,8")
+    assert plan_memory(PlanRequest(**settings)).bytes_per_token == 96 * 512
+    both = plan_memory(PlanRequest(**settings, tensor_parallel_size=4))
+    assert both.bytes_per_token == 24 * 512
+
+
 @pytest.mark.parametrize(
     ("dtype", "kv_cache_dtype", "row"),
     [

@@ -18,6 +18,7 @@ from vllm_duo.attention.retrieval_prefill import server_choice
 from vllm_duo.attention.sibling_cache import SUFFIX, UNUSED_SUFFIX, SiblingCache
 from vllm_duo.attention.specs import (
     own_rank,
+    own_stage,
     plan_of,
     retrieval_spec,
     streaming_spec,
@@ -25,6 +26,7 @@ from vllm_duo.attention.specs import (
 )
 from vllm_duo.drafts import is_draft_model
 from vllm_duo.kv_cache.formats import FORMATS
+from vllm_duo.kv_cache.layout import MAX_GROUPS
 from vllm_duo.logging import get_logger
 from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
@@ -122,9 +124,14 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         if len(heads.retrieval) and len(heads.streaming):
             self.sibling = SiblingCache(layer.attn_backend, self.num_heads, streaming)
             context[name + SUFFIX] = self.sibling
-        elif plan.tensor_parallel_size > 1:
-            unused = partial(unused_spec, layer, index, rank)
-            context[name + UNUSED_SUFFIX] = SiblingCache(layer.attn_backend, self.num_heads, unused)
+        stage = own_stage(plan)
+        if plan.num_ranks > 1 and index == plan.first_layer(stage):
+            # Which groups lack heads here is known once vLLM's config is complete.
+            for group in range(MAX_GROUPS):
+                place = stage * plan.tensor_parallel_size + rank
+                unused = partial(unused_spec, layer, group, place)
+                sibling = SiblingCache(layer.attn_backend, self.num_heads, unused)
+                context[f"{name}{UNUSED_SUFFIX}{group}"] = sibling
         self.layer_name = name
         self.heads = heads
         if heads.retrieval.is_cpu:

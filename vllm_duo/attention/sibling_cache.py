@@ -18,7 +18,8 @@ SUFFIX = ".duo_stream"
 """Follows the layer's name in that of its streaming heads' cache, where it has both classes."""
 
 UNUSED_SUFFIX = ".duo_unused"
-"""The same for a cache that stands in for heads of other ranks (``kv_cache/tensor_parallel.py``)."""
+"""The same, with a group's index behind it, for a cache that stands in for heads of other ranks
+(``kv_cache/tensor_parallel.py``)."""
 
 
 class SiblingCache(AttentionLayerBase):

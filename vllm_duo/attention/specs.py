@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
@@ -47,6 +47,11 @@ def own_rank(plan: ServerPlan) -> int:
     return 0 if plan.tensor_parallel_size == 1 else int(get_tensor_model_parallel_rank())
 
 
+def own_stage(plan: ServerPlan) -> int:
+    """This process's pipeline stage, from 0."""
+    return 0 if plan.pipeline_parallel_size == 1 else int(get_pp_group().rank_in_group)
+
+
 def retrieval_spec(layer: CachedLayer, heads: int, vllm_config: VllmConfig) -> RetrievalSpec:
     """Spec of a layer's ``heads`` retrieval heads."""
     return RetrievalSpec(
@@ -62,7 +67,32 @@ def streaming_spec(
     layer: CachedLayer, index: int, heads: int, vllm_config: VllmConfig
 ) -> StreamingSpec:
     """Spec of the ``heads`` streaming heads of the layer with this index."""
-    plan, layout = plan_of(vllm_config), _layout(layer, vllm_config)
+    layout = _layout(layer, vllm_config)
+    return _spec_of_bin(layer, layout.bin_of(index), heads, layout, vllm_config)
+
+
+def unused_spec(
+    layer: CachedLayer, group: int, rank: int, vllm_config: VllmConfig
+) -> RetrievalSpec | StreamingSpec | None:
+    """Spec of the cache by which a layer keeps a group from being empty on a rank, if it is.
+
+    Args:
+        layer: the rank's first.
+        group: index, as in ``RankCaches.groups``; there may be no such group.
+        rank: as in ``Layout.ranks``.
+        vllm_config: the server's.
+    """
+    layout = _layout(layer, vllm_config)
+    if group not in rank_caches(layout, rank).unused:
+        return None
+    if layout.has_retrieval and group == 0:
+        return retrieval_spec(layer, 1, vllm_config)
+    return _spec_of_bin(layer, group - layout.has_retrieval, 1, layout, vllm_config)
+
+
+def _spec_of_bin(
+    layer: CachedLayer, bin_index: int, heads: int, layout: Layout, vllm_config: VllmConfig
+) -> StreamingSpec:
     return StreamingSpec(
         block_size=vllm_config.cache_config.block_size,
         slots_per_block=layout.span.block_size,
@@ -74,24 +104,11 @@ def streaming_spec(
         recent_size=layout.span.recent_size,
         draft_size=layout.span.draft_size,
         lookahead_size=vllm_config.num_lookahead_tokens,
-        bin=layout.bin_of(index),
+        bin=bin_index,
         num_bins=len(layout.bins),
-        snapshot_interval=plan.resolved.snapshot_interval,
+        snapshot_interval=plan_of(vllm_config).resolved.snapshot_interval,
         max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )
-
-
-def unused_spec(
-    layer: CachedLayer, index: int, rank: int, vllm_config: VllmConfig
-) -> RetrievalSpec | StreamingSpec | None:
-    """Spec of the cache by which this layer keeps a group from being empty on this rank, if it does."""
-    layout = _layout(layer, vllm_config)
-    caches = rank_caches(layout, rank)
-    if index not in caches.unused:
-        return None
-    if layout.ranks[rank].retrieval_heads[index]:
-        return streaming_spec(layer, index, caches.streaming[index], vllm_config)
-    return retrieval_spec(layer, caches.retrieval[index], vllm_config)
 
 
 def _quantised(layer: CachedLayer) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def plan(
         str | None, typer.Option(help="Tokens, or auto: what fits; default: the model's own.")
     ] = None,
     tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1,
     balance: Annotated[
         bool, typer.Option("--balance", help="Stream the same share of the heads on every rank.")
     ] = False,
@@ -61,7 +62,7 @@ def plan(
 ) -> None:
     """Work out the KV memory of a server with duo from config.json, beside stock vLLM.
 
-    Exact: these are the server's own figures. All bytes are of one tensor-parallel rank.
+    Exact: these are the server's own figures. All bytes are of one rank.
     """
     from vllm_duo.planning.plan import PlanRequest, plan_memory
 
@@ -81,6 +82,7 @@ def plan(
         kv_cache_bytes=int(kv_cache_gib * GIB),
         max_model_len=_length("--max-model-len", max_model_len),
         tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,

@@ -15,11 +15,13 @@ def install() -> None:
         kv_cache_groups,
         pool_report,
         preempted_pages,
+        ray_nodes,
         scheduler_stats,
         slot_mapping,
         snapshot_orders,
         spec_registry,
         stat_loggers,
+        worker_specs,
     )
     from vllm_duo.compat.after_import import after_import
 
@@ -38,6 +40,9 @@ def install() -> None:
         ),
     )
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)
+    after_import("vllm.v1.executor.abstract", worker_specs.patch)
+    after_import("vllm.v1.executor.ray_executor", ray_nodes.patch_v1)
+    after_import("vllm.v1.executor.ray_executor_v2", ray_nodes.patch_v2)
     after_import(
         "vllm.v1.worker.gpu_model_runner", _all(slot_mapping.patch, snapshot_orders.patch_runner)
     )

@@ -93,7 +93,7 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     check_groups(layout, kv_cache_config)
     max_model_len = vllm_config.model_config.max_model_len
     _report(plan, layout, kv_cache_config.num_blocks, max_model_len)
-    if plan.tensor_parallel_size > 1:
+    if plan.num_ranks > 1:
         cost, balanced = plan.split_costs(layout, max_model_len)
         logger.info("duo: %s", cost.describe(balanced))
     return layout
@@ -107,13 +107,10 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig, rank: int = 0) 
     """
     from vllm.model_executor.models.utils import extract_layer_index
 
-    caches = rank_caches(layout, rank)
     block_bytes = rank_block_bytes(layout, rank)
     names = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
     drafting = [{name for name in group if name.startswith(f"{DRAFT_MODEL}.")} for group in names]
-    expected = [sorted(caches.retrieval)] * layout.has_retrieval + [
-        sorted(layer for layer in layers if layer in caches.streaming) for layers in layout.bins
-    ]
+    expected = [sorted(group) for group in rank_caches(layout, rank).groups]
     groups = [
         sorted(map(extract_layer_index, group - drafts))
         for group, drafts in zip(names, drafting, strict=True)

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Literal
 
+from vllm_duo.plugin import PLUGIN_GROUP, PLUGIN_NAME
+
 Status = Literal["ok", "info", "failed"]
 
-PLUGIN_GROUP = "vllm.general_plugins"
-PLUGIN_NAME = "duo"
 PACKAGES = ("torch", "transformers", "numpy", "pydantic")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 """Instruction sets that matter to attention on x86 and on Arm, as /proc/cpuinfo names them."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from vllm_duo.kv_cache.packing import Bins, least_capacity, spread_ranks
 from vllm_duo.kv_cache.ranks import own_heads, split_problem
@@ -29,6 +30,9 @@ at 4,096: the waste there stays within its 3 % with room for the rounding to who
 MAX_BINS = 16
 """Most bins of a layout. Each is a KV cache group that the scheduler and the workers walk through
 in every step; only patterns with hardly any retrieval heads would fill more."""
+
+MAX_GROUPS = 1 + MAX_BINS
+"""Most KV cache groups: that of the retrieval heads and the bins."""
 
 ANY_LENGTH = sys.maxsize
 """Tokens of the longest request where no length is too long: without retrieval heads."""
@@ -122,7 +126,7 @@ class StreamingSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class KVShape:
-    """The KV heads of one tensor-parallel rank by class, per layer.
+    """The KV heads of one rank by class, per layer; none in the layers of other pipeline stages.
 
     Attributes:
         retrieval_heads: ``R`` of each layer.
@@ -158,22 +162,28 @@ class KVShape:
         row_bytes: int | None = None,
         tensor_parallel_size: int = 1,
         draft_token_bytes: int = 0,
+        stage_sizes: Sequence[int] | None = None,
     ) -> tuple[KVShape, ...]:
         """The shape of every rank, with the heads where vLLM puts them (``ranks.own_heads``).
+
+        Ranks are numbered as vLLM's workers: all of the first pipeline stage, then of the next.
 
         Args:
             retrieval: [L, Hkv], true for a retrieval head (``HeadSelection.retrieval``).
             head_size: ``D``, in elements.
             dtype_bytes: bytes of one cache element.
             row_bytes: bytes of one token in one KV head of a quantised cache.
-            tensor_parallel_size: ranks.
+            tensor_parallel_size: ranks of a stage.
+            stage_sizes: layers of each pipeline stage (``ranks.stage_sizes``); None: one stage.
             draft_token_bytes: bytes of one token in a draft model's layers on each rank.
 
         Raises:
-            ValueError: layers of unequal width, or neither of ranks and heads divides the other.
+            ValueError: layers of unequal width, neither of ranks and heads divides the other, or
+                stages that do not have all layers.
 
         Worked example: a layer (1, 0, 0, 0) on two ranks: R = 1, S = 1 and R = 0, S = 2. On eight
-        ranks: the first two have R = 1, the other six S = 1.
+        ranks: the first two have R = 1, the other six S = 1. Two such layers in two stages of one
+        rank: R = (1, 0), S = (3, 0) and R = (0, 1), S = (0, 3).
         """
         mask = [[bool(head) for head in layer] for layer in retrieval]
         sizes = sorted({len(layer) for layer in mask})
@@ -184,21 +194,42 @@ class KVShape:
             )
         if problem := split_problem(sizes[0], tensor_parallel_size):
             raise ValueError(problem)
-        shapes = []
-        for rank in range(tensor_parallel_size):
-            heads = own_heads(sizes[0], rank, tensor_parallel_size)
-            own = [layer[heads] for layer in mask]
-            shapes.append(
-                cls(
-                    retrieval_heads=tuple(sum(layer) for layer in own),
-                    streaming_heads=tuple(len(layer) - sum(layer) for layer in own),
-                    head_size=head_size,
-                    dtype_bytes=dtype_bytes,
-                    row_bytes=row_bytes,
-                    draft_token_bytes=draft_token_bytes,
-                )
+        stages = (len(mask),) if stage_sizes is None else tuple(stage_sizes)
+        if sum(stages) != len(mask):
+            raise ValueError(
+                f"stages of {stages} layers: expected {len(mask)} in all, got {sum(stages)}: use "
+                "ranks.stage_sizes"
             )
+        shapes = []
+        for first, end in pairwise(accumulate(stages, initial=0)):
+            for rank in range(tensor_parallel_size):
+                heads = own_heads(sizes[0], rank, tensor_parallel_size)
+                own = [
+                    layer[heads] if first <= index < end else [] for index, layer in enumerate(mask)
+                ]
+                shapes.append(
+                    cls(
+                        retrieval_heads=tuple(sum(layer) for layer in own),
+                        streaming_heads=tuple(len(layer) - sum(layer) for layer in own),
+                        head_size=head_size,
+                        dtype_bytes=dtype_bytes,
+                        row_bytes=row_bytes,
+                        draft_token_bytes=draft_token_bytes,
+                    )
+                )
         return tuple(shapes)
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer with a KV head: of the rank's pipeline stage.
+
+        Raises:
+            ValueError: there are no heads at all.
+        """
+        for layer, heads in enumerate(zip(self.retrieval_heads, self.streaming_heads, strict=True)):
+            if any(heads):
+                return layer
+        raise ValueError("the rank has no KV heads: expected at least one layer in every stage")
 
     @property
     def token_bytes(self) -> int:
@@ -234,11 +265,11 @@ class KVShape:
 class Layout:
     """Block sizes, bins and block bytes of one pool for both classes.
 
-    There is one scheduler and one block table for all tensor-parallel ranks: block sizes, bins and
-    block counts are those of every rank. All bytes are per rank.
+    There is one scheduler and one block table for all ranks of all pipeline stages: block sizes, bins
+    and block counts are those of every rank. All bytes are per rank.
 
     Attributes:
-        ranks: the KV heads that are laid out, by tensor-parallel rank.
+        ranks: the KV heads that are laid out, by rank (``KVShape.split``).
         block_size: tokens per retrieval block (``P_r``, vLLM's ``--block-size``).
         span: what streaming heads keep, and ``P_s``.
         bins: per bin, the indices of the layers whose streaming heads share its block table.
@@ -456,7 +487,7 @@ def plan_layout(
     least bytes, then with the largest ``P_s``.
 
     Args:
-        shape: KV heads by class; of each rank (``KVShape.split``) under tensor parallelism.
+        shape: KV heads by class; of each rank (``KVShape.split``) where there are several.
         block_size: ``P_r``, in tokens.
         sink_size: sink tokens of the streaming heads.
         recent_size: recent tokens of the streaming heads.

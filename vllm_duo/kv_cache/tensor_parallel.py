@@ -1,4 +1,4 @@
-"""What each tensor-parallel rank keeps of a layout, and what splitting the heads costs.
+"""What each rank keeps of a layout, and what splitting the heads over ranks and stages costs.
 
 One scheduler makes the block tables of all ranks, so they have the same groups: that of the retrieval
 heads and the bins. Which layers have a cache in a group differs from rank to rank.
@@ -6,7 +6,7 @@ heads and the bins. Which layers have a cache in a group differs from rank to ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
@@ -17,20 +17,19 @@ WORTH_A_HINT = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class RankCaches:
-    """The caches of one rank, each with its KV heads, by layer.
+    """The caches of one rank.
 
-    A group without heads of this rank has one unused cache of one head: vLLM's groups may not be
-    empty. It costs nothing, since some rank has at least as wide a cache there and all ranks hold as
-    many blocks.
+    A group without heads of this rank has one unused cache of one head, in the rank's first layer:
+    vLLM's groups may not be empty. It costs nothing, since some rank has at least as wide a cache
+    there and all ranks hold as many blocks.
 
     Attributes:
-        retrieval: heads of the layers' retrieval caches.
-        streaming: heads of the layers' streaming caches.
-        unused: layers whose cache stands in for a group's heads, which lie on other ranks.
+        groups: the heads of each cache by layer, of each KV cache group: that of the retrieval heads,
+            if any rank has some, then the bins.
+        unused: the groups, by index, whose only cache stands in for heads of other ranks.
     """
 
-    retrieval: Mapping[int, int]
-    streaming: Mapping[int, int]
+    groups: tuple[Mapping[int, int], ...]
     unused: frozenset[int]
 
 
@@ -39,24 +38,31 @@ def rank_caches(layout: Layout, rank: int) -> RankCaches:
 
     Args:
         layout: of all ranks.
-        rank: from 0.
+        rank: from 0, as in ``layout.ranks``.
 
-    Worked example: two layers whose heads all lie on rank 0 if they stream and on rank 1 if they do
-    not. Rank 0 has two streaming caches and an unused retrieval cache in layer 0, rank 1 two retrieval
-    caches and, for each bin, an unused streaming cache in the bin's first layer.
+    Worked examples. Tensor parallelism, two layers whose heads all lie on rank 0 if they stream and
+    on rank 1 if they do not: rank 0 has two streaming caches and an unused retrieval cache in layer 0,
+    rank 1 two retrieval caches and, for each bin, an unused streaming cache in layer 0. Pipeline
+    parallelism, layers 0 and 1 stream and 2 and 3 do not, two stages of two layers: stage 0 has two
+    streaming caches and an unused retrieval cache in layer 0, stage 1 two retrieval caches and, for
+    each bin, an unused streaming cache in layer 2.
     """
     own = layout.ranks[rank]
-    retrieval = {layer: heads for layer, heads in enumerate(own.retrieval_heads) if heads}
-    streaming = {layer: heads for layer, heads in enumerate(own.streaming_heads) if heads}
-    unused: set[int] = set()
-    if layout.has_retrieval and not retrieval and not own.draft_token_bytes:
-        retrieval = {_first_retrieval_layer(layout): 1}
-        unused.update(retrieval)
-    for layers in layout.bins:
-        if not any(layer in streaming for layer in layers):
-            streaming[layers[0]] = 1
-            unused.add(layers[0])
-    return RankCaches(retrieval=retrieval, streaming=streaming, unused=frozenset(unused))
+    groups = [_heads(own.streaming_heads, layers) for layers in layout.bins]
+    if layout.has_retrieval:
+        groups.insert(0, _heads(own.retrieval_heads, range(len(own.retrieval_heads))))
+    unused = frozenset(
+        index
+        for index, group in enumerate(groups)
+        if not group and not (index == 0 and layout.has_retrieval and own.draft_token_bytes)
+    )
+    for index in unused:
+        groups[index] = {own.first_layer: 1}
+    return RankCaches(groups=tuple(groups), unused=unused)
+
+
+def _heads(heads: Sequence[int], layers: Iterable[int]) -> dict[int, int]:
+    return {layer: heads[layer] for layer in layers if heads[layer]}
 
 
 def rank_block_bytes(layout: Layout, rank: int) -> int:
@@ -65,13 +71,13 @@ def rank_block_bytes(layout: Layout, rank: int) -> int:
     Worked example: 3 retrieval heads on rank 0 and 5 on rank 1, 16 tokens a block and narrow bins: 48
     and 80 tokens of a head.
     """
-    caches, own = rank_caches(layout, rank), layout.ranks[rank]
-    paged = sum(caches.retrieval.values()) * own.token_bytes + own.draft_token_bytes
-    widths = [paged * layout.block_size]
-    for layers in layout.bins:
-        heads = sum(caches.streaming.get(layer, 0) for layer in layers)
-        widths.append(heads * own.token_bytes * layout.span.block_size)
-    return max(widths)
+    groups, own = rank_caches(layout, rank).groups, layout.ranks[rank]
+    widths = [sum(group.values()) * own.token_bytes for group in groups]
+    tokens = [layout.span.block_size] * len(layout.bins)
+    if layout.has_retrieval:
+        widths[0] += own.draft_token_bytes
+        tokens.insert(0, layout.block_size)
+    return max(width * size for width, size in zip(widths, tokens, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class SplitCost:
 
     Attributes:
         ranks: tensor-parallel size.
+        stages: pipeline-parallel size.
         num_tokens: length of the request.
         retrieval_heads: of the rank with fewest and of that with most, over all layers.
         times_stock: bytes of stock vLLM over those of the layout, on each rank.
@@ -87,6 +94,7 @@ class SplitCost:
     """
 
     ranks: int
+    stages: int = 1
     num_tokens: int
     retrieval_heads: tuple[int, int]
     times_stock: float
@@ -106,10 +114,12 @@ class SplitCost:
         """
         least, most = self.retrieval_heads
         heads = f"{most}" if least == most else f"{least} to {most}"
+        sizes = {"tensor": self.ranks, "pipeline": self.stages}
+        split = " x ".join(f"{kind} parallelism {size}" for kind, size in sizes.items() if size > 1)
         text = (
-            f"tensor parallelism {self.ranks}: {heads} retrieval heads a rank; requests of "
-            f"{self.num_tokens} tokens: {self.times_stock:.2f} x stock on each rank, "
-            f"{self.times_stock_unsplit:.2f} x on a single one, {_percent(self.loss)} lost"
+            f"{split}: {heads} retrieval heads a rank; requests of {self.num_tokens} tokens: "
+            f"{self.times_stock:.2f} x stock on each rank, {self.times_stock_unsplit:.2f} x on a "
+            f"single one, {_percent(self.loss)} lost"
         )
         if balanced is None or self.loss - balanced.loss < WORTH_A_HINT:
             return text
@@ -119,18 +129,22 @@ class SplitCost:
         )
 
 
-def split_cost(layout: Layout, retrieval: Iterable[Iterable[bool]], num_tokens: int) -> SplitCost:
+def split_cost(
+    layout: Layout, retrieval: Iterable[Iterable[bool]], num_tokens: int, stages: int = 1
+) -> SplitCost:
     """What splitting the heads costs, at one request length.
 
     Args:
         layout: of all ranks.
         retrieval: [L, Hkv], the mask that was split.
         num_tokens: length of the request.
+        stages: pipeline-parallel size.
     """
     unsplit = replan(layout, retrieval, 1) if len(layout.ranks) > 1 else layout
     heads = [rank.num_retrieval for rank in layout.ranks]
     return SplitCost(
-        ranks=len(layout.ranks),
+        ranks=len(layout.ranks) // stages,
+        stages=stages,
         num_tokens=num_tokens,
         retrieval_heads=(min(heads), max(heads)),
         times_stock=layout.times_stock(num_tokens),
@@ -138,13 +152,19 @@ def split_cost(layout: Layout, retrieval: Iterable[Iterable[bool]], num_tokens: 
     )
 
 
-def replan(layout: Layout, retrieval: Iterable[Iterable[bool]], ranks: int) -> Layout:
+def replan(
+    layout: Layout,
+    retrieval: Iterable[Iterable[bool]],
+    ranks: int,
+    stage_sizes: Sequence[int] | None = None,
+) -> Layout:
     """The layout of a mask over so many ranks, all else as in ``layout``.
 
     Args:
         layout: whose head size, dtype, block size and span are taken.
         retrieval: [L, Hkv] bool.
         ranks: tensor-parallel size.
+        stage_sizes: layers of each pipeline stage; None: one stage.
     """
     own, span = layout.ranks[0], layout.span
     assert not own.draft_token_bytes, "a draft model is not split over ranks"
@@ -154,6 +174,7 @@ def replan(layout: Layout, retrieval: Iterable[Iterable[bool]], ranks: int) -> L
         dtype_bytes=own.dtype_bytes,
         row_bytes=own.row_bytes,
         tensor_parallel_size=ranks,
+        stage_sizes=stage_sizes,
     )
     return plan_layout(
         shapes,
@@ -166,11 +187,3 @@ def replan(layout: Layout, retrieval: Iterable[Iterable[bool]], ranks: int) -> L
 
 def _percent(share: float) -> str:
     return f"{100 * max(share, 0.0):.1f} %"
-
-
-def _first_retrieval_layer(layout: Layout) -> int:
-    return next(
-        layer
-        for layer, heads in enumerate(zip(*(r.retrieval_heads for r in layout.ranks), strict=True))
-        if any(heads)
-    )

@@ -43,7 +43,8 @@ class PlanRequest:
         duo: the "duo" section of ``--additional-config``.
         kv_cache_bytes: KV pool of one rank.
         max_model_len: tokens; "auto": the longest that fits the pool; None: the model's own.
-        tensor_parallel_size: ranks.
+        tensor_parallel_size: ranks of a stage.
+        pipeline_parallel_size: stages.
         dtype: vLLM's ``--dtype``.
         kv_cache_dtype: vLLM's ``--kv-cache-dtype``.
         block_size: tokens of a retrieval block.
@@ -57,6 +58,7 @@ class PlanRequest:
     kv_cache_bytes: int
     max_model_len: int | Literal["auto"] | None = None
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     block_size: int = DEFAULT_BLOCK_SIZE
@@ -82,6 +84,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         facts.num_layers,
         facts.num_kv_heads,
         request.tensor_parallel_size,
+        request.pipeline_parallel_size,
     )
     dtype = _dtype(request, checkpoint)
     form = FORMATS.get(request.kv_cache_dtype)
@@ -115,7 +118,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         full=full,
         notes=[
             *_notes(request, checkpoint, dtype, duo, longest),
-            *([cost.describe(balanced)] if cost.ranks > 1 else []),
+            *([cost.describe(balanced)] if server.num_ranks > 1 else []),
         ],
     )
 
@@ -126,6 +129,7 @@ def _check(request: PlanRequest) -> None:
         ("--kv-cache-gib", request.kv_cache_bytes),
         ("--block-size", request.block_size),
         ("--tp", request.tensor_parallel_size),
+        ("--pp", request.pipeline_parallel_size),
         ("--max-model-len", request.max_model_len),
         *(("--lengths", length) for length in request.lengths),
     ]
@@ -163,7 +167,8 @@ def _drafts(request: PlanRequest, dtype: str) -> Drafts:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
     reasons = [f"the draft model: {reason}" for reason in model_refusals(facts)]
-    refuse([*reasons, *draft_model_refusals(request.tensor_parallel_size, request.kv_cache_dtype)])
+    ranks, stages = request.tensor_parallel_size, request.pipeline_parallel_size
+    refuse([*reasons, *draft_model_refusals(ranks, stages, request.kv_cache_dtype)])
     heads = facts.num_layers * facts.num_kv_heads
     return Drafts(
         size=request.num_speculative_tokens,
@@ -266,6 +271,7 @@ def _settings(
         draft_model=request.draft_model,
         max_model_len=longest,
         tensor_parallel_size=request.tensor_parallel_size,
+        pipeline_parallel_size=request.pipeline_parallel_size,
         balance=resolved.balance,
         kv_cache_bytes=request.kv_cache_bytes,
     )

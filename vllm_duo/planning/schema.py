@@ -74,6 +74,7 @@ class PlanSettings(_Frozen):
     )
     max_model_len: int = Field(description="tokens")
     tensor_parallel_size: int
+    pipeline_parallel_size: int = 1
     balance: bool = Field(description="whether every rank streams the same share of its heads")
     kv_cache_bytes: int = Field(description="the pool of one rank")
 
@@ -94,7 +95,7 @@ class Plan(MemoryPlan):
     )
     tensor_parallel_loss: float = Field(
         description="share of what duo saves against stock on one rank that is lost by splitting the "
-        "heads, at max_model_len; 0 with one rank"
+        "heads over ranks and stages, at max_model_len; 0 with one rank"
     )
     full: MemoryPlan = Field(description="stock vLLM: every head keeps every token")
     notes: list[str] = Field(description="what to know before relying on the figures")

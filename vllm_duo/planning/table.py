@@ -32,7 +32,8 @@ def _heading(plan: Plan) -> str:
     drafts = f" and {found.num_speculative_tokens} slots for drafts"
     if found.draft_model is not None:
         drafts += f" of {found.draft_model}"
-    ranks = f", each of {found.tensor_parallel_size} ranks" * (found.tensor_parallel_size > 1)
+    number = found.tensor_parallel_size * found.pipeline_parallel_size
+    ranks = f", each of {number} ranks" * (number > 1)
     return (
         f"{found.model}: {found.num_layers} layers x {found.num_kv_heads} KV heads of size "
         f"{found.head_size}, {found.dtype}, KV cache {found.kv_cache_dtype}\n"
