@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import re
 import signal
 import threading
 import time
@@ -14,8 +16,10 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
 from tests.e2e.needle import FLAGS, MODEL, client_of, greedy_ids, prompts
 from tests.e2e.ray_cluster import ADDRESSES, server_env, two_nodes, write_absence, write_platform
@@ -45,6 +49,7 @@ def cluster(platform):
 @pytest.fixture
 def connect(monkeypatch):
     """Makes this process a driver of a cluster, on the first node."""
+    envs.disable_envs_cache()  # an engine in this process has enabled it
     monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
     monkeypatch.setenv("VLLM_HOST_IP", ADDRESSES[0])
     yield lambda nodes: ray.init(address=nodes.address, log_to_driver=False)
@@ -93,14 +98,18 @@ class TestEngines:
     ):
         monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", str(int("V2" in executor)))
         monkeypatch.setenv("VLLM_USE_RAY_WRAPPED_PP_COMM", "0")  # it is for CUDA alone
-        started = []
-        monkeypatch.setattr(
-            ray_nodes, "ask_nodes", noting(started, ray_nodes.ask_nodes), raising=True
-        )
+        asked = []
+        ask_nodes = ray_nodes.ask_nodes
+
+        def noting(group, question, runtime_env):
+            answers = ask_nodes(group, question, runtime_env)
+            asked.append((question["overwrites"], set(answers)))
+            return answers
+
+        monkeypatch.setattr(ray_nodes, "ask_nodes", noting)
         connect(cluster)
         run(checkpoint, tmp_path, MASKS["crossed"], distributed_executor_backend="ray")
-        (answers,) = started
-        assert set(answers) == set(ADDRESSES)
+        assert asked == [("V2" not in executor, set(ADDRESSES))]
 
     @pytest.mark.parametrize("executor", ["RayExecutorV2", "RayDistributedExecutor"])
     def test_a_node_where_it_is_switched_off_stops_the_start(
@@ -110,12 +119,26 @@ class TestEngines:
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
         with two_nodes(platform, {"VLLM_PLUGINS": "duo_test_ray_platform"}) as nodes:
             connect(nodes)
-            with pytest.raises(RuntimeError, match="leaves vllm-duo out: add duo to it") as caught:
-                run(checkpoint, tmp_path, MASKS["crossed"], distributed_executor_backend="ray")
+            told = error_of_start(checkpoint, tmp_path)
             ray.shutdown()
-        (line,) = str(caught.value).splitlines()[1:]
+        (line,) = told.splitlines()[1:]
         assert line.startswith(f"  - node {ADDRESSES[1]} (")
+        assert "leaves vllm-duo out: add duo to it" in line
         assert not workers()
+
+    def test_its_caches_tell_a_worker_without_the_plugin(
+        self, platform, connect, checkpoint, tmp_path, monkeypatch
+    ):
+        """Should the nodes' check ever miss one."""
+        monkeypatch.setattr(ray_nodes, "check_nodes", lambda *_, **__: None)
+        with two_nodes(platform, without_plugin(platform, tmp_path / "absence")) as nodes:
+            connect(nodes)
+            told = error_of_start(checkpoint, tmp_path)
+            ray.shutdown()
+        assert "expected duo's caches in every worker" in told
+        told = re.findall(r"^  - (.*)$", told, flags=re.MULTILINE)
+        assert len(told) == 1
+        assert told[0].startswith("worker 1 on ")
 
 
 @pytest.mark.slow
@@ -150,6 +173,21 @@ class TestServers:
         assert "vllm-duo cannot be imported (No module named 'vllm_duo')" in log
         assert f"node {ADDRESSES[0]} (" not in log
         assert "Loading weights took" not in log
+
+
+def error_of_start(checkpoint, tmp_path):
+    """What an engine says that does not start."""
+    told = None
+    try:
+        run(checkpoint, tmp_path, MASKS["crossed"], distributed_executor_backend="ray")
+    except RuntimeError as error:
+        told = str(error)
+    # vLLM leaves it to the end of the process, where it would start another Ray to end its workers.
+    for left in gc.get_objects():
+        if type(left) is RayExecutorV2:
+            left.shutdown()
+    assert told is not None, "it started"
+    return told
 
 
 def serve(nodes, platform, log):
@@ -193,16 +231,6 @@ class Request:
         self.thread.join(SECONDS)
         assert not self.thread.is_alive(), "the client hangs"
         return self.outcome
-
-
-def noting(results, function):
-    """The function, whose results are kept."""
-
-    def noted(*args, **kwargs):
-        results.append(function(*args, **kwargs))
-        return results[-1]
-
-    return noted
 
 
 def workers():
