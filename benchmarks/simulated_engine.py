@@ -193,6 +193,7 @@ def make_engine(
     duo: dict[str, Any] | None = None,
     async_scheduling: bool = False,
     num_speculative_tokens: int = 0,
+    cache_events: bool = False,
 ) -> SimulatedEngine:
     """Make an engine as vLLM's engine core does, from a config alone.
 
@@ -212,6 +213,7 @@ def make_engine(
         duo: more settings of duo's section, such as ``sink_size``.
         async_scheduling: a step is scheduled before the one ahead of it has ended, as on GPUs.
         num_speculative_tokens: drafts of a step at most; whoever steps the engine has to make them.
+        cache_events: whether the scheduler hands KV cache events to its ``kv_event_publisher``.
 
     Raises:
         ValueError: the pool cannot hold one request of ``max_model_len`` tokens (vLLM's message).
@@ -234,6 +236,9 @@ def make_engine(
         scheduling_policy=scheduling_policy,
         speculative_config={"method": "ngram", "num_speculative_tokens": num_speculative_tokens}
         if num_speculative_tokens
+        else None,
+        kv_events_config={"enable_kv_cache_events": True, "publisher": "null"}
+        if cache_events
         else None,
     )
     config.cache_config.enable_prefix_caching = prefix_caching

@@ -160,10 +160,6 @@ REFUSED_SETTINGS = {
         "KV connectors (--kv-transfer-config): they do not see the streaming caches",
         {"kv_transfer_config": CONNECTOR},
     ),
-    "KV cache events": (
-        "KV cache events (--kv-events-config): not tested yet",
-        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
-    ),
     "KV-sharing fast prefill": ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
     "KV offloading": (
         "--kv-offloading-size: the offloading connector does not see the streaming caches",

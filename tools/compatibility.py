@@ -138,7 +138,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "draft model with tensor parallelism": "",
         "KV connectors": "offloading, disaggregated prefill (NIXL, LMCache)",
         "KV offloading": "`--kv-offloading-size`",
-        "KV cache events": "",
+        "KV cache events": "`--kv-events-config` ([what they say](prefix-caching.md#kv-cache-events))",
     },
     "Platforms and releases": {
         "x86-64 CPUs": "",

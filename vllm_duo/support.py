@@ -290,10 +290,6 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors (--kv-transfer-config): they do not see the streaming caches"
-    if vllm_config.kv_events_config is not None and (
-        vllm_config.kv_events_config.enable_kv_cache_events
-    ):
-        yield "KV cache events (--kv-events-config): not tested yet"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager"
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")

@@ -331,6 +331,25 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
     "compat/preempted_pages.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", takes("request")),
     ],
+    "compat/cache_events.py": [
+        ("vllm.v1.core.block_pool:BlockPool", sets("enable_kv_cache_events")),
+        ("vllm.v1.core.block_pool:BlockPool._emit_block_removed_events", takes("block_hashes")),
+        (
+            f"{COORDINATOR}.emit_cached_block_events",
+            takes("request", "computed_blocks"),
+        ),
+        (f"{UTILS}:KVCacheBlock", members("block_hash_num_tokens")),
+    ],
+    "kv_cache/snapshot_events.py": [
+        ("vllm.v1.core.block_pool:BlockPool", sets("kv_event_queue")),
+        (
+            "vllm.v1.core.block_pool:BlockPool._build_block_stored_event",
+            takes("request", "parent_block_hash", "start_token_idx", "extra_keys_list"),
+        ),
+        (f"{UTILS}:generate_block_hash_extra_keys", takes("request")),
+        (f"{UTILS}:maybe_convert_block_hash", takes("hash_bytes")),
+        (f"{UTILS}:get_group_id", takes("key")),
+    ],
     "compat/draft_count.py": [
         (
             "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids",

@@ -44,7 +44,13 @@ PATTERNS: dict[str, str] = {}
 
 
 def history_of(
-    name: str, caching: bool, policy: str, chunk: int, interval: int, drafts: int = 0
+    name: str,
+    caching: bool,
+    policy: str,
+    chunk: int,
+    interval: int,
+    drafts: int = 0,
+    events: bool = False,
 ) -> History:
     """A new engine whose pool holds one and a half of its longest requests."""
     sink, recent = SIZES[name]
@@ -65,6 +71,7 @@ def history_of(
             prefix_caching=caching,
             scheduling_policy=policy,
             num_speculative_tokens=drafts,
+            cache_events=events,
             duo={"sink_size": sink, "recent_size": recent, "snapshot_interval": interval},
         )
 

@@ -9,6 +9,7 @@ from types import ModuleType
 def install() -> None:
     """Arrange every patch; safe to call again, and cheap: heavy modules are patched as they load."""
     from vllm_duo.compat import (
+        cache_events,
         coordinator,
         cpu_platform,
         draft_count,
@@ -29,6 +30,8 @@ def install() -> None:
     after_import("vllm.v1.core.single_type_kv_cache_manager", spec_registry.patch)
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
     after_import("vllm.v1.core.kv_cache_manager", coordinator.patch)
+    after_import("vllm.v1.core.block_pool", cache_events.patch_pool)
+    after_import("vllm.v1.core.kv_cache_coordinator", cache_events.patch_coordinator)
     after_import(
         "vllm.v1.core.sched.scheduler",
         _all(

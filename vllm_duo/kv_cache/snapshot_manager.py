@@ -20,6 +20,7 @@ from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm_duo.kv_cache.layout import cdiv
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.orders import SnapshotOrder
+from vllm_duo.kv_cache.snapshot_events import mark_group, tell_stored
 from vllm_duo.kv_cache.snapshot_policy import Reason, SnapshotPolicy
 from vllm_duo.kv_cache.snapshots import Snapshot, SnapshotPool, find_snapshot
 
@@ -43,6 +44,7 @@ class SnapshotManager(RingManager):
         spec = kv_cache_spec
         self.span = spec.span
         self.snapshots = SnapshotPool(self.block_pool, self.kv_cache_group_id)
+        mark_group(self.block_pool, self.kv_cache_group_id)
         self.policy = SnapshotPolicy(self.block_size, spec.snapshot_interval, ANSWER_INTERVAL)
         self.bin = spec.bin
         # Blocks that the running requests of a step may still claim: one for each started block of
@@ -222,10 +224,15 @@ class SnapshotManager(RingManager):
             return False
         snapshot = self.snapshots.publish(blocks, prefix, boundary, reason)
         self._num_stored += 1
+        self.tell_stored(request, boundary)
         self._order(True, request_id, boundary, blocks)
         if reason is not Reason.INTERVAL:
             self._trail(request_id).append(snapshot)
         return True
+
+    def tell_stored(self, request: Request, boundary: int) -> None:
+        """Tell the consumers of KV cache events that the boundary can be resumed at."""
+        tell_stored(self.block_pool, request, boundary, self.block_size, self.kv_cache_group_id)
 
     def _replaced_blocks(self, request_id: str, size: int) -> Sequence[KVCacheBlock] | None:
         """The blocks of the answer's snapshot before, if they are still there and nobody uses them."""

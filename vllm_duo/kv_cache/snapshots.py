@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    get_block_hash,
+    make_block_hash_with_group_id,
+)
 
 from vllm_duo.kv_cache.snapshot_policy import Reason
 
@@ -19,16 +23,28 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 
-def snapshot_key(prefix: BlockHash, index: int, group_id: int) -> BlockHashWithGroupId:
+def snapshot_key(
+    prefix: BlockHash, index: int, num_blocks: int, group_id: int
+) -> BlockHashWithGroupId:
     """The pool's key of a snapshot's block.
 
     Args:
         prefix: vLLM's hash of the prefix that ends at the boundary.
         index: block of the snapshot, in table order.
+        num_blocks: blocks of the snapshot.
         group_id: vLLM's KV cache group.
     """
-    return make_block_hash_with_group_id(
-        BlockHash(prefix + b"duo" + index.to_bytes(2, "big")), group_id
+    place = index.to_bytes(2, "big") + num_blocks.to_bytes(2, "big")
+    return make_block_hash_with_group_id(BlockHash(prefix + b"duo" + place), group_id)
+
+
+def parse_key(key: BlockHashWithGroupId) -> tuple[BlockHash, int, int]:
+    """Prefix, index and number of blocks of a ``snapshot_key``."""
+    name = get_block_hash(key)
+    return (
+        BlockHash(name[:-7]),
+        int.from_bytes(name[-4:-2], "big"),
+        int.from_bytes(name[-2:], "big"),
     )
 
 
@@ -39,7 +55,7 @@ def find_snapshot(
     cached = pool.cached_block_hash_to_block
     blocks = []
     for index in range(num_blocks):
-        block = cached.get_one_block(snapshot_key(prefix, index, group_id))
+        block = cached.get_one_block(snapshot_key(prefix, index, num_blocks, group_id))
         if block is None:
             return None
         blocks.append(block)
@@ -132,7 +148,8 @@ class SnapshotPool:
         self, blocks: Sequence[KVCacheBlock], prefix: BlockHash, num_tokens: int, reason: Reason
     ) -> Snapshot:
         """Make held blocks findable as the state at the end of ``prefix``."""
-        keys = [snapshot_key(prefix, index, self.group_id) for index in range(len(blocks))]
+        size = len(blocks)
+        keys = [snapshot_key(prefix, index, size, self.group_id) for index in range(size)]
         for block, key in zip(blocks, keys, strict=True):
             self.pool._insert_block_hash(key, block, num_tokens=num_tokens)
         snapshot = Snapshot(num_tokens, blocks, keys, reason)
