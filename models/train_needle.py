@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=Shape.heads, help="query heads")
     parser.add_argument("--kv-heads", type=int, default=Shape.kv_heads)
     parser.add_argument("--head-size", type=int, default=Shape.head_size)
-    parser.add_argument("--qkv-bias", action="store_true", help="biases on q, k, v: Qwen2")
+    parser.add_argument("--qkv-bias", action="store_true", help="biases on q, k and v")
     parser.add_argument("--mixed-steps", type=int, default=TrainSettings.mixed_steps)
     parser.add_argument("--gate-steps", type=int, default=GateSettings.num_steps)
     parser.add_argument("--prompts", type=int, default=200, help="prompts measured per length")
@@ -55,11 +55,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(
             f"--hidden must be a multiple of --heads, as transformers' configurations demand, got "
             f"{options.hidden} and {options.heads}"
-        )
-    if options.qkv_bias and options.heads * options.head_size != options.hidden:
-        parser.error(
-            f"Qwen2 has no head size of its own: --heads x --head-size must be --hidden, got "
-            f"{options.heads} x {options.head_size} and {options.hidden}"
         )
     return options
 

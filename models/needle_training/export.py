@@ -8,37 +8,42 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import GenerationConfig, LlamaConfig
 
 from models.needle_training.gates import GateSettings
 from models.needle_training.model import Needle, Shape
 from models.needle_training.vocabulary import build_tokenizer, save_tokenizer
 
 DEPLOY_SINK_SIZE, DEPLOY_RECENT_SIZE = 16, 64
+OUTPUT_BIAS = "self_attn.o_proj.bias"
 
 
-def model_config(shape: Shape) -> PreTrainedConfig:
-    """The configuration as transformers writes it: Qwen2 with biases on q, k and v, else Llama."""
+def model_config(shape: Shape) -> LlamaConfig:
+    """The configuration as transformers writes it.
+
+    With biases on q, k and v it is a Llama with ``attention_bias``, not a Qwen2: transformers 5 reads
+    every Qwen2's tokenizer.json with Qwen2's own rules, which are not this tokenizer's.
+    """
     tokenizer = build_tokenizer()
-    common: dict[str, Any] = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": shape.max_positions,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "tie_word_embeddings": True,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "dtype": "float32",
-    }
-    if shape.qkv_bias:
-        return Qwen2Config(architectures=["Qwen2ForCausalLM"], **common)
-    return LlamaConfig(architectures=["LlamaForCausalLM"], head_dim=shape.head_size, **common)
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        attention_bias=shape.qkv_bias,
+        max_position_embeddings=shape.max_positions,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
 
 
 def save_checkpoint(model: Needle, folder: Path) -> None:
@@ -53,6 +58,9 @@ def save_checkpoint(model: Needle, folder: Path) -> None:
         do_sample=False,
     ).save_pretrained(folder)
     weights = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    if model.shape.qkv_bias:  # transformers' ``attention_bias`` is one of the output too
+        for layer in range(model.shape.layers):
+            weights[f"model.layers.{layer}.{OUTPUT_BIAS}"] = torch.zeros(model.shape.hidden)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only
     save_tokenizer(folder)
@@ -61,7 +69,13 @@ def save_checkpoint(model: Needle, folder: Path) -> None:
 def load_weights(model: Needle, folder: Path) -> None:
     """Read back what `save_checkpoint` wrote for a model of the same shape."""
     weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    model.load_state_dict(
+        {
+            name.removeprefix("model."): value
+            for name, value in weights.items()
+            if not name.endswith(OUTPUT_BIAS)
+        }
+    )
 
 
 def save_pattern(values: torch.Tensor, settings: GateSettings, name: str, folder: Path) -> None:
@@ -134,7 +148,7 @@ def readme(
     total = values.numel()
     half, quarter = int(total * 0.5 + 0.5), int(total * 0.25 + 0.5)
     return README.format(
-        kind="Qwen2" if shape.qkv_bias else "Llama",
+        kind="Llama with biases on q, k and v" if shape.qkv_bias else "Llama",
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         layers=shape.layers,
         hidden=shape.hidden,

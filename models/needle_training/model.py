@@ -1,4 +1,4 @@
-"""The network, in plain PyTorch: Llama, or Qwen2 when `qkv_bias` is set, with gates on its heads.
+"""The network, in plain PyTorch: Llama, with biases on q, k and v if asked for, and gates on its heads.
 
 Parameter names are those of transformers, so that the state dict is the checkpoint.
 """
