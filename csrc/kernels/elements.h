@@ -130,23 +130,41 @@ DUO_INLINE Vec load_ordered(const OrderedBFloat16* from) {
     return (Vec)(__builtin_convertvector(halves, VecBits) << 16);
 }
 
+// Bytes to wider lanes. GCC 12 widens vectors shorter than its registers element by element.
+DUO_INLINE VecHalf widen_to_halves(const void* from) {
+#if DUO_LANES == 16 && defined(__AVX2__)
+    return (VecHalf)_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#elif DUO_LANES == 8 && defined(__AVX2__)
+    return (VecHalf)_mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+#else
+    return __builtin_convertvector(*static_cast<const VecByteAny*>(from), VecHalf);
+#endif
+}
+
+DUO_INLINE VecInt widen_to_ints(const void* from) {
+#if DUO_LANES == 16 && defined(__AVX512F__)
+    return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+#elif DUO_LANES == 8 && defined(__AVX2__)
+    return (VecInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+#else
+    return (VecInt) __builtin_convertvector(*static_cast<const VecByteAny*>(from), VecBits);
+#endif
+}
+
 DUO_INLINE Vec load_ordered(const Float8E5M2* from) {
-    const VecByte bytes = *reinterpret_cast<const VecByteAny*>(from);
-    return half_to_float(__builtin_convertvector(bytes, VecHalf) << 8);
+    return half_to_float(widen_to_halves(from) << 8);
 }
 
 DUO_INLINE Vec load_ordered(const Float8E4M3* from) {
-    const VecByte bytes = *reinterpret_cast<const VecByteAny*>(from);
     // The sign stays where the shift puts it, the rest moves down by one bit.
-    const VecShort high = (VecShort)(__builtin_convertvector(bytes, VecHalf) << 8);
+    const VecShort high = (VecShort)(widen_to_halves(from) << 8);
     const VecHalf half = (VecHalf)(high >> 1) & 0xbf80;
     const VecHalf nan = (VecHalf)((half & 0x3f80) == 0x3f80);
     return half_to_float(half | (nan & 0x7e00));
 }
 
 DUO_INLINE Vec load_ordered(const Int8* from) {
-    return __builtin_convertvector(
-        __builtin_convertvector(*reinterpret_cast<const VecSmallAny*>(from), VecInt), Vec);
+    return __builtin_convertvector(widen_to_ints(from) << 24 >> 24, Vec);
 }
 
 template <typename T>
@@ -155,8 +173,7 @@ DUO_INLINE Chunk load_chunk(const T* from) {
 }
 
 DUO_INLINE Chunk load_chunk(const Int4Pair* from) {
-    const VecByte bytes = *reinterpret_cast<const VecByteAny*>(from);
-    const VecInt pairs = (VecInt) __builtin_convertvector(bytes, VecBits);
+    const VecInt pairs = widen_to_ints(from);
     return {__builtin_convertvector(pairs << 28 >> 28, Vec),
             __builtin_convertvector(pairs << 24 >> 28, Vec)};
 }

@@ -29,12 +29,10 @@ typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
 typedef int16_t VecShort __attribute__((vector_size(LANES * 2)));
 typedef uint8_t VecByte __attribute__((vector_size(LANES)));
-typedef int8_t VecSmall __attribute__((vector_size(LANES)));
 typedef float VecAny __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t VecBitsAny __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
 typedef uint16_t VecHalfAny __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
 typedef uint8_t VecByteAny __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int8_t VecSmallAny __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 DUO_INLINE Vec load(const float* from) { return *reinterpret_cast<const VecAny*>(from); }
 DUO_INLINE void store(float* to, Vec v) { *reinterpret_cast<VecAny*>(to) = v; }
