@@ -19,15 +19,7 @@ if TYPE_CHECKING:
 UNQUANTISED_CACHE_DTYPES: tuple[CacheDType, ...] = ("auto", "float16", "bfloat16")
 """vLLM's names for KV caches of the model's own kind of numbers."""
 
-CACHE_DTYPES: tuple[CacheDType, ...] = (
-    *UNQUANTISED_CACHE_DTYPES,
-    "fp8",
-    "fp8_e4m3",
-    "fp8_e5m2",
-    "fp8_per_token_head",
-    "int8_per_token_head",
-    "int4_per_token_head",
-)
+CACHE_DTYPES: tuple[CacheDType, ...] = (*UNQUANTISED_CACHE_DTYPES, *FORMATS)
 """The same with the quantised ones that duo serves (``kv_cache/formats.py``)."""
 
 
