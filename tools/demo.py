@@ -109,6 +109,8 @@ def ask(server: ServerProcess, prompt: PasskeyPrompt) -> tuple[str, dict[str, fl
         extra_body={"ignore_eos": True},
     )
     answer, held, generated, first = "", {}, 0, None
+    counter = "vllm:generation_tokens_total{"
+    before = summed(server.metrics("vllm:"), counter)
     console.print("[bold]answer:[/bold]", end="")
     for chunks, chunk in enumerate(stream, 1):
         text = chunk.choices[0].text
@@ -118,8 +120,10 @@ def ask(server: ServerProcess, prompt: PasskeyPrompt) -> tuple[str, dict[str, fl
             console.print(text, end="", markup=False)
         if not held:
             # The engine reports after each step, so after the first chunk this may still be empty.
-            seen = server.metrics()
-            held, generated = (seen if total(seen, "held_bytes") else {}), chunks
+            # It may be far ahead of what has been streamed: the tokens are its own count.
+            seen = server.metrics("vllm")
+            if total(seen, "held_bytes"):
+                held, generated = seen, int(summed(seen, counter) - before)
         if held and ("." in answer or chunks > 20):
             break
     stream.close()
@@ -128,8 +132,13 @@ def ask(server: ServerProcess, prompt: PasskeyPrompt) -> tuple[str, dict[str, fl
 
 
 def total(metrics: dict[str, float], name: str) -> float:
-    """Sum of a metric over its classes."""
-    return sum(value for key, value in metrics.items() if key.startswith(f"vllm_duo:{name}{{"))
+    """Sum of one of duo's metrics over its classes."""
+    return summed(metrics, f"vllm_duo:{name}{{")
+
+
+def summed(metrics: dict[str, float], prefix: str) -> float:
+    """Sum of the metrics whose names and labels start with ``prefix``."""
+    return sum(value for key, value in metrics.items() if key.startswith(prefix))
 
 
 def report(tokens: int, held: dict[str, float]) -> None:

@@ -31,14 +31,17 @@ def test_demo_finds_the_key_and_reads_the_bytes_from_the_engine():
     rows = dict(re.findall(r"│ (.*?) +│ +([\d,]+) │", done.stdout))
     held = {name: int(size.replace(",", "")) for name, size in rows.items()}
     tokens = int(re.search(r"this request of (\d+) tokens", done.stdout).group(1))
-    assert 1900 <= tokens <= 2048
-    # 16 retrieval blocks of 128 tokens, 8 heads of 256 bytes a token; the 16 + 64 streaming slots of
-    # the other 8 heads fit one such block.
+    # A prompt of 1,950 tokens and what was generated until the engine was read.
+    assert 1900 <= tokens <= 1960 + 4000
+    # Retrieval blocks of 128 tokens, 8 heads of 256 bytes a token; the 16 + 64 streaming slots of the
+    # other 8 heads fit one such block.
     block = 8 * 128 * 256
-    # The engine may be some tokens further than the client when it is read: a 17th block at most.
-    assert held["duo, retrieval heads (read from the engine)"] in (16 * block, 17 * block)
+    blocks = -(-tokens // 128)
+    # The scheduler takes a block before the token that needs it has come.
+    needed = {blocks * block, -(-(tokens + 1) // 128) * block}
+    assert held["duo, retrieval heads (read from the engine)"] in needed
     assert held["duo, streaming heads (read from the engine)"] == block
-    assert held["stock vLLM, all heads in full (by its block size)"] == 16 * 2 * block
+    assert held["stock vLLM, all heads in full (by its block size)"] == blocks * 2 * block
     for step in (
         "make serve",
         "curl -s localhost:8000/v1/completions",

@@ -74,6 +74,7 @@ def test_plan_has_the_servers_figures(two_ranks):
             dtype="float32",
         )
     )
+    greedy_ids(two_ranks, prompts(256, 1), max_tokens=1)  # the engine reports with its steps
     metrics = two_ranks.metrics()
     assert metrics["vllm_duo:block_bytes{engine=0}"] == plan.block_bytes
     assert metrics["vllm_duo:pool_blocks{engine=0}"] == plan.num_blocks - 1
