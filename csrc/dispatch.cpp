@@ -1,6 +1,8 @@
 #include "dispatch.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <stdexcept>
@@ -10,13 +12,18 @@ namespace duo {
 extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
+extern const Kernels kernels_amx_bf16;
 extern const Kernels kernels_avx512_on_avx2;
+extern const Kernels kernels_avx512_bf16_on_avx2;
 
 namespace {
 
 struct Cpu {
     bool avx2 = false;
     bool avx512 = false;
+    bool avx512_bf16 = false;
+    bool amx_bf16 = false;
 };
 
 // Registers that the operating system saves, as bits of XCR0.
@@ -24,6 +31,14 @@ uint64_t saved_registers() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return uint64_t{high} << 32 | low;
+}
+
+// Whether the operating system lets this process use tile registers: it has to be asked, since they
+// make its threads' saved state larger. Refused where a signal stack is too small for that.
+bool may_use_tiles() {
+    constexpr long ask_for_state = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long tile_data = 18;
+    return syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
 }
 
 Cpu detect() {
@@ -37,6 +52,13 @@ Cpu detect() {
     cpu.avx2 = fma && f16c && (b & bit_AVX2) && (saved & ymm) == ymm;
     constexpr uint32_t needed = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     cpu.avx512 = cpu.avx2 && (b & needed) == needed && (saved & zmm) == zmm;
+    constexpr uint32_t tile_instructions = 1 << 22 | 1 << 24;  // AMX-BF16, AMX-TILE
+    constexpr uint64_t tiles = 0x60000;
+    const bool has_tiles =
+        (d & tile_instructions) == tile_instructions && (saved & tiles) == tiles;
+    if (!cpu.avx512 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return cpu;
+    cpu.avx512_bf16 = a & bit_AVX512BF16;
+    cpu.amx_bf16 = cpu.avx512_bf16 && has_tiles && may_use_tiles();
     return cpu;
 }
 
@@ -47,12 +69,14 @@ const std::vector<Variant>& variants() {
         const Cpu cpu = detect();
         return std::vector<Variant>{
             {&kernels_portable, true, true},
-            // The wide variant's source, for machines that lack its instructions: a test of its
-            // logic.
+            // The wide variants' sources, for machines that lack their instructions: a test of
+            // their logic.
             {&kernels_avx512_on_avx2, cpu.avx2, false},
+            {&kernels_avx512_bf16_on_avx2, cpu.avx2, false},
             {&kernels_avx2, cpu.avx2, true},
-            // Until the tests have run on a machine that has it, it must be asked for by name.
-            {&kernels_avx512, cpu.avx512, false},
+            {&kernels_avx512, cpu.avx512, true},
+            {&kernels_avx512_bf16, cpu.avx512_bf16, true},
+            {&kernels_amx_bf16, cpu.amx_bf16, true},
         };
     }();
     return all;

@@ -3,18 +3,15 @@
 // scores, weights and sums while they are in the first-level cache.
 #pragma once
 
-#include "activations.h"
 #include "gemm.h"
-#include "keys.h"
 #include "pack.h"
+#include "prefill_rows.h"
 
 namespace duo {
 namespace {
 
 constexpr int TILE_KEYS = 128;
 constexpr int TILE_PANELS = TILE_KEYS / PANEL;
-
-DUO_INLINE int min(int a, int b) { return a < b ? a : b; }
 
 struct PrefillScratch {
     float* query;   // [row blocks, padded, BLOCK_ROWS]
@@ -45,30 +42,10 @@ DUO_INLINE int64_t prefill_scratch_floats(int64_t rows, int padded) {
     return rows * (2 * padded + 2) + TILE_KEYS * (2 * padded + BLOCK_ROWS);
 }
 
-// Columns [low, high) of a tile.
-struct Columns {
-    int low;
-    int high;
-};
-
-// What queries at positions first ... last see, together, of a tile of `count` keys from `begin`
-// on, all in the sink or all behind it.
-DUO_INLINE Columns block_columns(const HeadClass& heads, bool recent, int64_t first, int64_t last,
-                                 int64_t begin, int64_t count) {
-    int64_t low = recent ? first - heads.recent + 1 - begin : 0;
-    int64_t high = last + 1 - begin;
-    low = low < 0 ? 0 : low;
-    high = high > count ? count : high;
-    return low < high ? Columns{static_cast<int>(low), static_cast<int>(high)} : Columns{0, 0};
-}
-
 // Scores of one row in `all` become weights, 0 outside `own`; its sums follow the new maximum.
 DUO_INLINE void weigh_scores(float* score, Columns all, Columns own, float& row_max, float& row_sum,
                              float* output, int padded) {
-    for (int k = all.low; k < own.low; ++k) score[k] = -__builtin_inff();
-    for (int k = own.high > all.low ? own.high : all.low; k < all.high; ++k) {
-        score[k] = -__builtin_inff();
-    }
+    hide_scores(score, all, own);
     Vec most = load(score + all.low);
     for (int k = all.low + LANES; k < all.high; k += LANES) most = max(most, load(score + k));
     const float tile_max = max_lane(most);
@@ -88,46 +65,18 @@ DUO_INLINE void weigh_scores(float* score, Columns all, Columns own, float& row_
     row_sum += sum(total);
 }
 
-// What of an item does not depend on the caches' dtype: compiled once for all of them.
-struct PrefillRows {
-    const LayerStep& step;
-    const HeadClass& heads;
-    const Request& request;
-    const KeySource source;
-    const HeadChunks chunks;
-    const int padded;
-    const int64_t first_token;  // of the chunk
-    const int rows;
+// The arithmetic in float32, compiled once for all dtypes of caches.
+struct PrefillFloats : PrefillRows {
     PrefillScratch scratch;
 
-    PrefillRows(const LayerStep& s, const Item& item, float* base)
-        : step(s),
-          heads(s.classes[item.head_class]),
-          request(s.requests[item.request]),
-          source{s, heads, request, item.head, item.request},
-          chunks(head_chunks(s.head_size)),
-          padded(chunks.padded()),
-          first_token(item.begin),
-          rows(static_cast<int>(item.end - item.begin) * s.group),
-          scratch(base, whole_blocks(rows), padded) {}
-
-    int64_t position(int row) const { return request.context + first_token + row / step.group; }
-
-    char* address(const Rows& tensor, int row) const {
-        const int64_t token = request.first_token + first_token + row / step.group;
-        const int64_t head = heads.heads[source.head] * int64_t{step.group} + row % step.group;
-        return row_address(tensor, step.activations, token, head);
-    }
+    PrefillFloats(const LayerStep& s, const Item& item, float* base)
+        : PrefillRows(s, item), scratch(base, whole_blocks(rows), padded) {}
 
     DUO_NOINLINE void add_block(int first, int64_t begin, int count, bool recent) {
-        const int end = first + BLOCK_ROWS < rows ? first + BLOCK_ROWS : rows;
-        // Both ends of a row's columns grow with its position.
-        const Columns seen =
-            block_columns(heads, recent, position(first), position(end - 1), begin, count);
-        const int low = seen.low;
-        const int high = seen.high;
+        const int end = min(first + BLOCK_ROWS, rows);
+        const auto [low, high] = columns(first, end - 1, begin, count, recent);
         if (low >= high) return;
-        const Columns all{low / PANEL * PANEL, (high + PANEL - 1) / PANEL * PANEL};
+        const Columns all = widened({low, high}, PANEL);
         const float* query = scratch.query + int64_t{first} * padded;
         for (int k = all.low; k < all.high; k += PANEL) {
             const float* key = scratch.key + int64_t{k} * padded;
@@ -140,8 +89,7 @@ struct PrefillRows {
             }
         }
         for (int r = first; r < end; ++r) {
-            const Columns own =
-                block_columns(heads, recent, position(r), position(r), begin, count);
+            const Columns own = columns(r, r, begin, count, recent);
             weigh_scores(scratch.score + (r - first) * TILE_KEYS, all, own, scratch.max[r],
                          scratch.sum[r], scratch.output + int64_t{r} * padded, padded);
         }
@@ -154,12 +102,12 @@ struct PrefillRows {
 };
 
 template <typename T>
-struct PrefillItem : PrefillRows {
-    using PrefillRows::PrefillRows;
+struct PrefillItem : PrefillFloats {
+    using PrefillFloats::PrefillFloats;
 
     void load_queries() {
         constexpr float log2e = 1.44269504088896340736f;
-        float row[512];
+        float row[MAX_HEAD_SIZE];
         for (int r = 0; r < whole_blocks(rows); ++r) {
             float* to = scratch.query + r / BLOCK_ROWS * BLOCK_ROWS * padded + r % BLOCK_ROWS;
             if (r < rows) {
@@ -199,13 +147,9 @@ struct PrefillItem : PrefillRows {
 
     void run() {
         load_queries();
-        const VisibleRanges ranges = visible_ranges(heads, position(0), position(rows - 1));
-        for (int i = 0; i < 2; ++i) {
-            for (int64_t at = ranges.begin[i]; at < ranges.end[i]; at += TILE_KEYS) {
-                const int64_t end = at + TILE_KEYS;
-                add_tile(at, end < ranges.end[i] ? end : ranges.end[i], i == 1);
-            }
-        }
+        for_tiles(TILE_KEYS, [&](int64_t begin, int64_t end, bool recent) {
+            add_tile(begin, end, recent);
+        });
         for (int r = 0; r < rows; ++r) {
             store_activations<T>(scratch.output + int64_t{r} * padded, chunks,
                                  step.value_scale * UNIT<T> / scratch.sum[r], step,

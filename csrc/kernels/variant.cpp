@@ -1,7 +1,7 @@
 // One variant of the kernels. The build compiles this file once for each instruction set, with
 // DUO_VARIANT (its name) and DUO_LANES (floats in a vector).
 #include "decode.h"
-#include "kernels.h"
+#include "names.h"
 #include "prefill.h"
 #include "quantise.h"
 
@@ -55,11 +55,6 @@ int64_t prefill_floats(int64_t rows, int head_size) {
 int64_t partials(int64_t rows, int head_size) {
     return partial_floats(rows, head_chunks(head_size).padded());
 }
-
-#define DUO_STRING(x) #x
-#define DUO_NAME_OF(x) DUO_STRING(x)
-#define DUO_JOIN(a, b) a##b
-#define DUO_SYMBOL_OF(x) DUO_JOIN(kernels_, x)
 
 }  // namespace
 

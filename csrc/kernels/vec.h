@@ -95,6 +95,23 @@ DUO_INLINE Vec sum_each(Vec* v) {
     return v[0];
 }
 
+template <int H, int Count>
+DUO_INLINE void max_stage(Vec* v) {
+    constexpr int half = Count / 2;
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) {
+        v[i] = max(zip_runs<H, false>(v[i], v[i + half], Lanes{}),
+                   zip_runs<H, true>(v[i], v[i + half], Lanes{}));
+    }
+    if constexpr (half > 1) max_stage<H / 2, half>(v);
+}
+
+// Lane i of the result is the greatest of v[i]'s lanes, for LANES vectors.
+DUO_INLINE Vec max_each(Vec* v) {
+    max_stage<LANES / 2, LANES>(v);
+    return v[0];
+}
+
 template <int H>
 DUO_INLINE void transpose_stage(Vec* v) {
 #pragma GCC unroll 16

@@ -1,0 +1,80 @@
+// Arithmetic on pairs of bf16: a 32-bit lane holds two of them, whose products with another lane's
+// two are summed in float32. With AVX-512's bf16 instructions one of them does it; without, the same
+// source computes it in float32, so that its logic is tested on every machine.
+#pragma once
+
+#include "elements.h"
+
+namespace duo {
+namespace {
+
+static_assert(LANES == 16, "pairs are for variants of 16 lanes");
+
+// A chunk of bf16 elements, in their own order.
+using Pairs = VecBits;
+
+DUO_INLINE Pairs load_pairs(const BFloat16* from) {
+    return *reinterpret_cast<const VecBitsAny*>(from);
+}
+
+// The first half of a chunk; the other elements are 0.
+DUO_INLINE Pairs load_half_pairs(const BFloat16* from) {
+    BFloat16 padded[CHUNK] = {};
+    std::memcpy(padded, from, sizeof(padded) / 2);
+    return load_pairs(padded);
+}
+
+DUO_INLINE Pairs load_any_pairs(const BFloat16* row, int c, HeadChunks chunks) {
+    return c < chunks.full ? load_pairs(row + c * CHUNK) : load_half_pairs(row + c * CHUNK);
+}
+
+DUO_INLINE Pairs broadcast_pair(uint32_t pair) { return Pairs{} + pair; }
+
+// total + a's first elements * b's first + a's second * b's second, lane by lane.
+DUO_INLINE Vec add_products(Vec total, Pairs a, Pairs b) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b);
+#else
+    const Chunk x = split_bfloats(a);
+    const Chunk y = split_bfloats(b);
+    return total + x.a * y.a + x.b * y.b;
+#endif
+}
+
+// 2 * LANES floats to as many bf16, in their order, rounded to nearest even.
+DUO_INLINE Pairs to_pairs(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+    return (Pairs)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+#else
+    OrderedBFloat16 ordered[CHUNK];
+    store_chunk(ordered, {first, second});
+    return load_pairs(reinterpret_cast<const BFloat16*>(ordered));
+#endif
+}
+
+// Of two rows of elements, pairs of the same element of both: of the even elements, and of the odd
+// ones. That is bf16's chunk order.
+struct RowPairs {
+    Pairs even, odd;
+};
+
+DUO_INLINE RowPairs pair_rows(Pairs first, Pairs second) {
+    return {(first & 0xffffu) | (second << 16), (first >> 16) | (second & 0xffff0000u)};
+}
+
+// 2 ** x for x <= 0 to within 2 ** -13.7, for weights that are rounded to bf16 next; exactly 0 below
+// -126 and for -inf. A minimax polynomial on [-1/2, 1/2].
+DUO_INLINE Vec rough_exp2_nonpositive(Vec x) {
+    const Vec shift = broadcast(12582912.0f);
+    const Vec shifted = x + shift;
+    const Vec f = x - (shifted - shift);
+    Vec p = broadcast(5.51716694e-2f);
+    p = p * f + 2.42611131e-1f;
+    p = p * f + 6.93260986e-1f;
+    p = p * f + 9.99928073e-1f;
+    const VecInt scaled = (VecInt)p + ((VecInt)shifted << 23);
+    return (Vec)(scaled & (x > -126.0f));
+}
+
+}  // namespace
+}  // namespace duo

@@ -1,0 +1,212 @@
+// Prefill over bf16 caches in bf16 products: like prefill.h, but keys, values, queries and weights
+// stay bf16 and only scores, sums and outputs are float32. Weights are rounded to bf16 and it is the
+// rounded ones that are summed, so that an output remains a mean of values.
+#pragma once
+
+#include "gemm_pairs.h"
+#include "prefill_rows.h"
+
+namespace duo {
+namespace {
+
+constexpr int PAIR_TILE_KEYS = 128;
+
+struct PairsScratch {
+    uint32_t* query;   // [rows / 16, chunks] tiles
+    uint32_t* key;     // [keys / 16, chunks] tiles: 32 elements of the head, of 16 keys
+    uint32_t* value;   // [chunks, 2, keys / 32] tiles: 32 keys' even elements, and their odd ones
+    uint32_t* weight;  // [2, keys / 32] tiles
+    float* score;      // [BLOCK_SIDE, PAIR_TILE_KEYS]
+    float* output;     // [rows, padded] in chunk order
+    float* sum;        // [rows, LANES], partial sums of the weights
+    float* max;        // [rows], of the scores as they are multiplied
+
+    PairsScratch(float* base, int64_t rows, int64_t padded) {
+        query = reinterpret_cast<uint32_t*>(base);
+        key = query + rows * padded / 2;
+        value = key + PAIR_TILE_KEYS * padded / 2;
+        weight = value + PAIR_TILE_KEYS * padded / 2;
+        score = reinterpret_cast<float*>(weight + BLOCK_SIDE * PAIR_TILE_KEYS / 2);
+        output = score + BLOCK_SIDE * PAIR_TILE_KEYS;
+        sum = output + rows * padded;
+        max = sum + rows * LANES;
+    }
+
+    static int64_t floats(int64_t rows, int64_t padded) {
+        return rows * padded / 2 + PAIR_TILE_KEYS * padded + BLOCK_SIDE * PAIR_TILE_KEYS * 3 / 2 +
+               rows * (padded + LANES + 1);
+    }
+};
+
+DUO_INLINE int64_t whole_pair_blocks(int64_t rows) {
+    return (rows + BLOCK_SIDE - 1) / BLOCK_SIDE * BLOCK_SIDE;
+}
+
+DUO_INLINE int64_t pairs_scratch_floats(int64_t rows, int padded) {
+    return PairsScratch::floats(whole_pair_blocks(rows), padded);
+}
+
+struct PrefillPairs : PrefillRows {
+    const PairsScratch scratch;
+    const float factor;  // of scores, so that their differences are exponents of 2
+
+    PrefillPairs(const LayerStep& s, const Item& item, float* base)
+        : PrefillRows(s, item),
+          scratch(base, whole_pair_blocks(rows), padded),
+          factor(s.scale * 1.44269504088896340736f) {}
+
+    void load_queries() {
+        const int whole = static_cast<int>(whole_pair_blocks(rows));
+        for (int r = 0; r < whole; ++r) {
+            uint32_t* to = scratch.query + r / TILE_SIDE * chunks.all() * TILE_WORDS +
+                           r % TILE_SIDE * TILE_SIDE;
+            for (int c = 0; c < chunks.all(); ++c) {
+                Pairs x{};
+                if (r < rows) {
+                    const char* row = address(step.query, r);
+                    x = load_any_pairs(reinterpret_cast<const BFloat16*>(row), c, chunks);
+                }
+                *reinterpret_cast<Pairs*>(to + c * TILE_WORDS) = x;
+            }
+            scratch.max[r] = -__builtin_inff();
+        }
+        std::memset(scratch.output, 0, sizeof(float) * whole * padded);
+        std::memset(scratch.sum, 0, sizeof(float) * whole * LANES);
+    }
+
+    // Missing keys and values become 0, so that nothing unwritten is ever multiplied.
+    void pack_keys(const KeyBlock<BFloat16, PAIR_TILE_KEYS>& keys, int whole) {
+        for (int first = 0; first < whole; first += TILE_SIDE) {
+            uint32_t* to = scratch.key + first / TILE_SIDE * chunks.all() * TILE_WORDS;
+            for (int c = 0; c < chunks.all(); ++c, to += TILE_WORDS) {
+                Vec x[TILE_SIDE];
+#pragma GCC unroll 16
+                for (int i = 0; i < TILE_SIDE; ++i) {
+                    x[i] = first + i < keys.count
+                               ? (Vec)load_any_pairs(keys.key[first + i], c, chunks)
+                               : Vec{};
+                }
+                transpose(x);
+#pragma GCC unroll 16
+                for (int i = 0; i < TILE_SIDE; ++i) {
+                    *reinterpret_cast<Vec*>(to + i * TILE_SIDE) = x[i];
+                }
+            }
+        }
+    }
+
+    void pack_values(const KeyBlock<BFloat16, PAIR_TILE_KEYS>& keys, int whole) {
+        constexpr int64_t half = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
+        for (int k = 0; k < whole; k += 2) {
+            uint32_t* to = scratch.value + k / 2 * TILE_SIDE;
+            for (int c = 0; c < chunks.all(); ++c, to += 2 * half) {
+                const auto row = [&](int i) __attribute__((always_inline)) {
+                    return i < keys.count ? load_any_pairs(keys.value[i], c, chunks) : Pairs{};
+                };
+                const RowPairs x = pair_rows(row(k), row(k + 1));
+                *reinterpret_cast<Pairs*>(to) = x.even;
+                *reinterpret_cast<Pairs*>(to + half) = x.odd;
+            }
+        }
+    }
+
+    // Follows the new maxima of 16 rows; lane r of the result is row r's, times `factor`.
+    DUO_INLINE Vec raise_max(int first, Columns all, const float* score) {
+        Vec most[TILE_SIDE];
+        for (int r = 0; r < TILE_SIDE; ++r) {
+            const float* row = score + r * PAIR_TILE_KEYS;
+            Vec own = load(row + all.low);
+            for (int k = all.low + LANES; k < all.high; k += LANES) own = max(own, load(row + k));
+            most[r] = own;
+        }
+        const Vec before = load(scratch.max + first);
+        const Vec now = max(before, max_each(most));
+        // A row that has not seen any key yet: all its scores are -inf, and so are the differences.
+        const Vec base = (Vec)((VecBits)(now * factor) & (VecBits)(now > -__builtin_inff()));
+        if (any_greater(now, before)) {
+            store(scratch.max + first, now);
+            const Vec decay = exp2_nonpositive((before - now) * factor);
+            for (int r = 0; r < TILE_SIDE; ++r) {
+                if (decay[r] == 1.0f) continue;
+                const Vec own = broadcast(decay[r]);
+                float* sum = scratch.sum + (first + r) * LANES;
+                store(sum, load(sum) * own);
+                float* output = scratch.output + int64_t{first + r} * padded;
+                for (int i = 0; i < padded; i += LANES) store(output + i, load(output + i) * own);
+            }
+        }
+        return base;
+    }
+
+    // Scores of 16 rows from `first` on become weights in tiles.
+    DUO_INLINE void weigh_tiles(int first, Columns all, const float* score, uint32_t* weight) {
+        const Vec base = raise_max(first, all, score);
+        const Pairs ones = broadcast_pair(0x3f803f80u);
+        for (int r = 0; r < TILE_SIDE; ++r) {
+            const float* row = score + r * PAIR_TILE_KEYS;
+            const Vec own = broadcast(base[r]);
+            Vec total = load(scratch.sum + (first + r) * LANES);
+            for (int k = all.low; k < all.high; k += TILE_DEPTH) {
+                const Pairs x =
+                    to_pairs(rough_exp2_nonpositive(load(row + k) * factor - own),
+                             rough_exp2_nonpositive(load(row + k + LANES) * factor - own));
+                *reinterpret_cast<Pairs*>(weight + k / TILE_DEPTH * TILE_WORDS + r * TILE_SIDE) = x;
+                total = add_products(total, x, ones);
+            }
+            store(scratch.sum + (first + r) * LANES, total);
+        }
+    }
+
+    DUO_INLINE void add_block(int first, int64_t begin, int count, bool recent) {
+        const int end = min(first + BLOCK_SIDE, rows);
+        const Columns seen = columns(first, end - 1, begin, count, recent);
+        if (seen.low >= seen.high) return;
+        const Columns all = widened(seen, TILE_DEPTH);
+        const int64_t head_tiles = int64_t{chunks.all()} * TILE_WORDS;
+        const uint32_t* query = scratch.query + first / TILE_SIDE * head_tiles;
+        for (int k = all.low; k < all.high; k += BLOCK_SIDE) {
+            multiply_block<false>(query, head_tiles, scratch.key + k / TILE_SIDE * head_tiles,
+                                  head_tiles, chunks.all(), scratch.score + k, PAIR_TILE_KEYS);
+        }
+        for (int r = first; r < end; ++r) {
+            const Columns own = columns(r, r, begin, count, recent);
+            if (own.low > all.low || own.high < all.high) {
+                hide_scores(scratch.score + (r - first) * PAIR_TILE_KEYS, all, own);
+            }
+        }
+        constexpr int64_t half = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
+        for (int h = 0; h < 2; ++h) {
+            weigh_tiles(first + h * TILE_SIDE, all,
+                        scratch.score + h * TILE_SIDE * PAIR_TILE_KEYS, scratch.weight + h * half);
+        }
+        const int64_t skipped = all.low / TILE_DEPTH * TILE_WORDS;
+        for (int c = 0; c < chunks.all(); ++c) {
+            multiply_block<true>(scratch.weight + skipped, half,
+                                 scratch.value + c * 2 * half + skipped, half,
+                                 (all.high - all.low) / TILE_DEPTH,
+                                 scratch.output + int64_t{first} * padded + c * CHUNK, padded);
+        }
+    }
+
+    void run() {
+        const TileRegisters tiles;
+        load_queries();
+        for_tiles(PAIR_TILE_KEYS, [&](int64_t begin, int64_t end, bool recent) {
+            KeyBlock<BFloat16, PAIR_TILE_KEYS> keys;
+            keys.count = 0;
+            source.append(keys, begin, end);
+            const int whole = widened({0, keys.count}, TILE_DEPTH).high;
+            pack_keys(keys, whole);
+            pack_values(keys, whole);
+            for (int r = 0; r < rows; r += BLOCK_SIDE) add_block(r, begin, keys.count, recent);
+        });
+        for (int r = 0; r < rows; ++r) {
+            store_row(scratch.output + int64_t{r} * padded, chunks,
+                      1.0f / sum(load(scratch.sum + r * LANES)),
+                      reinterpret_cast<BFloat16*>(address(step.output, r)));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace duo
