@@ -17,7 +17,7 @@ constexpr int64_t MAX_DECODE_TOKENS = 8;
 constexpr int64_t KEYS_PER_ITEM = 512;
 
 // Query rows (tokens times query heads of a KV head) of a prefill item.
-constexpr int64_t ROWS_PER_ITEM = 192;
+constexpr int64_t ROWS_PER_ITEM = 512;
 
 // What threads write at the same time lies this far apart, two lines of cache: processors fetch
 // pairs.

@@ -1,6 +1,6 @@
 // Arithmetic on pairs of bf16: a 32-bit lane holds two of them, whose products with another lane's
-// two are summed in float32. With AVX-512's bf16 instructions one of them does it; without, the same
-// source computes it in float32, so that its logic is tested on every machine.
+// two are summed in float32. With AVX-512's bf16 instructions one of them does it; without, the
+// same source computes it in float32, so that its logic is tested on every machine.
 #pragma once
 
 #include "elements.h"
@@ -62,8 +62,8 @@ DUO_INLINE RowPairs pair_rows(Pairs first, Pairs second) {
     return {(first & 0xffffu) | (second << 16), (first >> 16) | (second & 0xffff0000u)};
 }
 
-// 2 ** x for x <= 0 to within 2 ** -13.7, for weights that are rounded to bf16 next; exactly 0 below
-// -126 and for -inf. A minimax polynomial on [-1/2, 1/2].
+// 2 ** x for x <= 0 to within 2 ** -13.7, for weights that are rounded to bf16 next; exactly 0
+// below -126 and for -inf. A minimax polynomial on [-1/2, 1/2].
 DUO_INLINE Vec rough_exp2_nonpositive(Vec x) {
     const Vec shift = broadcast(12582912.0f);
     const Vec shifted = x + shift;

@@ -147,9 +147,8 @@ struct PrefillItem : PrefillFloats {
 
     void run() {
         load_queries();
-        for_tiles(TILE_KEYS, [&](int64_t begin, int64_t end, bool recent) {
-            add_tile(begin, end, recent);
-        });
+        for_tiles(TILE_KEYS,
+                  [&](int64_t begin, int64_t end, bool recent) { add_tile(begin, end, recent); });
         for (int r = 0; r < rows; ++r) {
             store_activations<T>(scratch.output + int64_t{r} * padded, chunks,
                                  step.value_scale * UNIT<T> / scratch.sum[r], step,

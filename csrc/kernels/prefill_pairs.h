@@ -1,6 +1,5 @@
 // Prefill over bf16 caches in bf16 products: like prefill.h, but keys, values, queries and weights
-// stay bf16 and only scores, sums and outputs are float32. Weights are rounded to bf16 and it is the
-// rounded ones that are summed, so that an output remains a mean of values.
+// stay bf16 and only scores, sums and outputs are float32.
 #pragma once
 
 #include "gemm_pairs.h"
@@ -9,7 +8,7 @@
 namespace duo {
 namespace {
 
-constexpr int PAIR_TILE_KEYS = 128;
+constexpr int PAIR_TILE_KEYS = 256;
 
 struct PairsScratch {
     uint32_t* query;   // [rows / 16, chunks] tiles
@@ -48,6 +47,7 @@ DUO_INLINE int64_t pairs_scratch_floats(int64_t rows, int padded) {
 
 struct PrefillPairs : PrefillRows {
     const PairsScratch scratch;
+    Multiplier multiply;
     const float factor;  // of scores, so that their differences are exponents of 2
 
     PrefillPairs(const LayerStep& s, const Item& item, float* base)
@@ -141,17 +141,16 @@ struct PrefillPairs : PrefillRows {
     // Scores of 16 rows from `first` on become weights in tiles.
     DUO_INLINE void weigh_tiles(int first, Columns all, const float* score, uint32_t* weight) {
         const Vec base = raise_max(first, all, score);
-        const Pairs ones = broadcast_pair(0x3f803f80u);
         for (int r = 0; r < TILE_SIDE; ++r) {
             const float* row = score + r * PAIR_TILE_KEYS;
             const Vec own = broadcast(base[r]);
             Vec total = load(scratch.sum + (first + r) * LANES);
             for (int k = all.low; k < all.high; k += TILE_DEPTH) {
-                const Pairs x =
-                    to_pairs(rough_exp2_nonpositive(load(row + k) * factor - own),
-                             rough_exp2_nonpositive(load(row + k + LANES) * factor - own));
+                const Vec first_w = rough_exp2_nonpositive(load(row + k) * factor - own);
+                const Vec second_w = rough_exp2_nonpositive(load(row + k + LANES) * factor - own);
+                const Pairs x = to_pairs(first_w, second_w);
                 *reinterpret_cast<Pairs*>(weight + k / TILE_DEPTH * TILE_WORDS + r * TILE_SIDE) = x;
-                total = add_products(total, x, ones);
+                total += first_w + second_w;
             }
             store(scratch.sum + (first + r) * LANES, total);
         }
@@ -165,7 +164,7 @@ struct PrefillPairs : PrefillRows {
         const int64_t head_tiles = int64_t{chunks.all()} * TILE_WORDS;
         const uint32_t* query = scratch.query + first / TILE_SIDE * head_tiles;
         for (int k = all.low; k < all.high; k += BLOCK_SIDE) {
-            multiply_block<false>(query, head_tiles, scratch.key + k / TILE_SIDE * head_tiles,
+            multiply.block<false>(query, head_tiles, scratch.key + k / TILE_SIDE * head_tiles,
                                   head_tiles, chunks.all(), scratch.score + k, PAIR_TILE_KEYS);
         }
         for (int r = first; r < end; ++r) {
@@ -176,12 +175,12 @@ struct PrefillPairs : PrefillRows {
         }
         constexpr int64_t half = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
         for (int h = 0; h < 2; ++h) {
-            weigh_tiles(first + h * TILE_SIDE, all,
-                        scratch.score + h * TILE_SIDE * PAIR_TILE_KEYS, scratch.weight + h * half);
+            weigh_tiles(first + h * TILE_SIDE, all, scratch.score + h * TILE_SIDE * PAIR_TILE_KEYS,
+                        scratch.weight + h * half);
         }
         const int64_t skipped = all.low / TILE_DEPTH * TILE_WORDS;
         for (int c = 0; c < chunks.all(); ++c) {
-            multiply_block<true>(scratch.weight + skipped, half,
+            multiply.block<true>(scratch.weight + skipped, half,
                                  scratch.value + c * 2 * half + skipped, half,
                                  (all.high - all.low) / TILE_DEPTH,
                                  scratch.output + int64_t{first} * padded + c * CHUNK, padded);
@@ -189,7 +188,6 @@ struct PrefillPairs : PrefillRows {
     }
 
     void run() {
-        const TileRegisters tiles;
         load_queries();
         for_tiles(PAIR_TILE_KEYS, [&](int64_t begin, int64_t end, bool recent) {
             KeyBlock<BFloat16, PAIR_TILE_KEYS> keys;

@@ -1,5 +1,6 @@
-// Many queries of one request with all query heads of one KV head: which of them see what, and where
-// they lie. Shared by the multiplications in float32 (prefill.h) and of bf16 pairs (prefill_pairs.h).
+// Many queries of one request with all query heads of one KV head: which of them see what, and
+// where they lie. Shared by the multiplications in float32 (prefill.h) and of bf16 pairs
+// (prefill_pairs.h).
 #pragma once
 
 #include "activations.h"

@@ -1,5 +1,6 @@
 // A variant with instructions for bf16: its own prefill over bf16 caches, all else of another one.
-// The build compiles this file with DUO_VARIANT (its name), DUO_BASE (the other's) and DUO_LANES.
+// The build compiles this file with DUO_VARIANT (its name), DUO_BASE (the other's), DUO_TILES
+// (whether it uses tile registers) and DUO_LANES.
 #include "names.h"
 #include "prefill_pairs.h"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from tests.e2e.engine import engine, write_pattern
 from tests.e2e.half import compared_tokens, errors, rms
@@ -17,7 +18,14 @@ from tests.models.quantised import quantise, quantise_inputs
 from tests.models.random_models import Shape
 from tests.oracle import Oracle
 
-pytestmark = [pytest.mark.engine, pytest.mark.feature("quantised weights, int8")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.feature("quantised weights, int8"),
+    pytest.mark.skipif(
+        torch.cpu._is_amx_tile_supported(),
+        reason="where there is AMX vLLM's int8 product takes 16-bit inputs alone, the oracle float32",
+    ),
+]
 
 SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
 SINK, RECENT = 20, 75
