@@ -131,7 +131,10 @@ class TestFinished:
 class TestPromptsThatBeginAlike:
     """Conversations, and questions about the user's documents."""
 
-    FLAGS = "--lengths 256 --output-tokens 4 --requests 8 --concurrencies 2 --rounds 2 --passkey-share 0.25"
+    FLAGS = (
+        "--lengths 256 --output-tokens 4 --requests 8 --concurrencies 2 --rounds 2 "
+        "--passkey-share 0.25"
+    )
 
     @pytest.fixture
     def documents(self, tmp_path):

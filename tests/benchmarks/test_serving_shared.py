@@ -80,7 +80,7 @@ class TestEach:
             assert side.ttft_ms.samples == side.tpot_ms.samples == 2 * (TURN_REQUESTS + PASSKEYS)
             for figure in (side.ttft_ms, side.tpot_ms):
                 assert 0 < figure.median <= figure.p95 <= figure.p99
-            assert side.peak_running == IN_FLIGHT
+            assert 1 <= side.peak_running <= IN_FLIGHT  # sampled: short steps may be missed
 
     def test_both_sides_hit_what_earlier_requests_of_the_round_left(self, folder, workload):
         for side in ("stock", "duo-0.5"):
