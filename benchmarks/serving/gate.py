@@ -1,6 +1,7 @@
 """The correctness gate: no figures while duo's answers are wrong.
 
-Duo with every head a retrieval head must give stock's greedy tokens; and with the sparsities that are
+Duo with every head a retrieval head must give stock's greedy tokens; where prompts of the points begin
+alike it must do so when it resumes at what the prefix cache kept, too. And with the sparsities that are
 measured, it must find each pass key that stock finds. Asked one by one, without load.
 """
 
@@ -14,7 +15,7 @@ from benchmarks.serving import api
 from benchmarks.serving.api import Answer
 from benchmarks.serving.prompts import Texts
 from benchmarks.serving.settings import GATE_SIDE, STOCK, Settings
-from benchmarks.serving.workloads import PASSKEY_OUTPUT_TOKENS
+from benchmarks.serving.workloads import PASSKEY_OUTPUT_TOKENS, shared_prompts
 from vllm_duo.evaluate.passkey import first_number, make_prompt
 from vllm_duo.report.serve_results import Gate, GateSide
 
@@ -37,7 +38,13 @@ class Question:
 
 
 def make_questions(settings: Settings, texts: Texts) -> list[Question]:
-    """Random texts and pass keys in turns, as long as the points' prompts but no longer than needed."""
+    """Random texts and pass keys in turns, as long as the points' prompts but no longer than needed.
+
+    Then, for each workload whose prompts begin alike, one prefix, conversation or document.
+
+    Raises:
+        ValueError: such prompts cannot be made so short, or the documents do not hold as much.
+    """
     rng = random.Random(f"{settings.seed} gate")
     lengths = [p.prompt_tokens or PROMPT_TOKENS for p in settings.points]
     tokens = min(PROMPT_TOKENS, *lengths)
@@ -46,6 +53,10 @@ def make_questions(settings: Settings, texts: Texts) -> list[Question]:
         made.append(Question(texts.random(tokens - texts.special_tokens, rng)))
         passkey = make_prompt(tokens, rng=rng, count_tokens=texts.count)
         made.append(Question(passkey.text, passkey.answer))
+    for workload in dict.fromkeys(point.workload for point in settings.points):
+        shortest = min(p.prompt_tokens for p in settings.points if p.workload == workload)
+        size = min(PROMPT_TOKENS, shortest)
+        made += map(Question, shared_prompts(settings, workload, size, texts, rng))
     return made
 
 

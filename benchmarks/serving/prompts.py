@@ -75,9 +75,8 @@ class Texts:
             if self.encode(self.decode([token])) == [token]:
                 return token
 
-    def window(self, ids: Sequence[int], tokens: int, rng: random.Random) -> str:
-        """A piece of ``ids`` of at most so many tokens, from a random place."""
-        start = rng.randrange(max(1, len(ids) - tokens + 1))
+    def window(self, ids: Sequence[int], start: int, tokens: int) -> str:
+        """The piece of ``ids`` from ``start`` on, of at most so many tokens."""
         size = tokens
         while True:
             text = self.decode(ids[start : start + size])

@@ -16,7 +16,7 @@ from benchmarks.serving.launch import CommandLauncher, ForkLauncher, Launcher
 from benchmarks.serving.prompts import Texts
 from benchmarks.serving.servers import Fleet, Running, is_resident
 from benchmarks.serving.settings import GATE_SIDE, Point, Settings
-from benchmarks.serving.workloads import Request, make_requests, write_requests
+from benchmarks.serving.workloads import Request, make_requests, read_requests, write_requests
 from vllm_duo.report.serve_results import Gate, Run, ServeResults
 
 WARM_TOKENS = (512, 4096)
@@ -122,9 +122,11 @@ class Benchmark:
         return results
 
     def _requests(self, point: Point, round_: int) -> list[Request]:
-        made = make_requests(self.settings, point, round_, self.texts)
-        write_requests(made, self.folder.requests(point, round_))
-        return made
+        """Made once: a run that goes on sends what it had, even where the user's files have changed."""
+        file = self.folder.requests(point, round_)
+        if not file.exists():
+            write_requests(make_requests(self.settings, point, round_, self.texts), file)
+        return read_requests(file)
 
     def _use(self, fleet: Fleet, side: str) -> Running:
         """The side's server, warm: a fresh one compiles and allocates at its first requests."""

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Workload = Literal["random", "shared-prefix", "multi-turn", "documents", "dataset"]
+TURNS = 4
+"""Of a conversation in multi-turn."""
 STOCK = "stock"
 GATE_SIDE = "duo-0"
 """Duo with every head a retrieval head: must give stock's tokens."""
@@ -48,6 +50,12 @@ class Point(_Frozen):
             raise ValueError(
                 "multi-turn: expected a closed loop (a turn waits for the one before it), got a "
                 "rate: give concurrencies"
+            )
+        if self.workload == "multi-turn" and self.requests < TURNS * (self.concurrency or 1):
+            raise ValueError(
+                f"multi-turn: expected at least {TURNS} requests for each one in flight, so that a "
+                f"turn is sent after the answer to the one before it, got {self.requests} requests "
+                f"and {self.concurrency} in flight: raise --requests, or lower --concurrencies"
             )
         if (self.workload == "dataset") != (self.prompt_tokens == 0):
             raise ValueError("prompt_tokens is 0 for the workload dataset, and for no other")

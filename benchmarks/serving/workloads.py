@@ -8,10 +8,11 @@ workload and each side gets the same bytes:
 - multi-turn: conversations that grow turn by turn. vLLM's own multi-turn client is in its repository
   only, not in its package; here the assistant's earlier answers are scripted, the same for every side,
   and the turns are sent in a closed loop: all first turns, then all second ones;
-- documents: questions about pieces of the user's own texts, four about each;
+- documents: questions about pieces of the user's own texts, four about each; no two pieces begin at the
+  same place;
 - dataset: the user's own prompts.
 
-Every round has prompts of its own: none finds its prompt in the prefix cache from a round before.
+Every round of every point has prompts of its own: none finds them in the prefix cache from before.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from math import ceil
 from pathlib import Path
 
 from benchmarks.serving.prompts import Texts, read_documents
-from benchmarks.serving.settings import Point, Settings
+from benchmarks.serving.settings import TURNS, Point, Settings, Workload
 from vllm_duo.evaluate.passkey import make_prompt
 
 SHARED_SHARE = 0.75
 """Of a prompt in shared-prefix."""
 PER_PREFIX = 4
 """Requests that share a prefix, or a document."""
-TURNS = 4
+SHARING = ("shared-prefix", "multi-turn", "documents")
+"""Workloads whose prompts begin alike."""
+GATE_ROUND = -1
+"""In place of a round: the gate's own prompts, which no round has."""
 PASSKEY_OUTPUT_TOKENS = 12
 DATASET_PASSKEY_TOKENS = 512
 """Length of pass-key prompts beside the user's own, whose lengths differ."""
@@ -67,16 +73,45 @@ def make_requests(settings: Settings, point: Point, round_: int, texts: Texts) -
     rng = random.Random(f"{settings.seed} {point.key} {round_}")
     if point.workload == "dataset":
         rows = read_dataset(Path(settings.dataset or ""), point.output_tokens)
-        made = _rows_of_round(rows, point.requests, round_, settings.rounds)
+        made = _rows_of_round(rows, settings, point, round_)
     else:
         made = [
             Request(prompt=prompt, output_tokens=point.output_tokens)
-            for prompt in _prompts(settings, point, texts, rng)
+            for prompt in _prompts(settings, point, round_, texts, rng)
         ]
     return _mix(made, _passkeys(point, settings.passkeys(point), texts, rng))
 
 
-def _prompts(settings: Settings, point: Point, texts: Texts, rng: random.Random) -> list[str]:
+def shared_prompts(
+    settings: Settings, workload: Workload, tokens: int, texts: Texts, rng: random.Random
+) -> list[str]:
+    """Prompts for the gate that begin alike: of one prefix, conversation or document; else none.
+
+    Args:
+        settings: of the benchmark.
+        workload: of its points.
+        tokens: of each prompt, of the last turn with multi-turn.
+        texts: of the model.
+        rng: source of every choice.
+
+    Raises:
+        ValueError: as ``make_requests``.
+    """
+    if workload not in SHARING:
+        return []
+    point = Point(
+        workload=workload,
+        prompt_tokens=tokens,
+        output_tokens=1,
+        requests=TURNS if workload == "multi-turn" else PER_PREFIX,
+        concurrency=1,
+    )
+    return _prompts(settings, point, GATE_ROUND, texts, rng)
+
+
+def _prompts(
+    settings: Settings, point: Point, round_: int, texts: Texts, rng: random.Random
+) -> list[str]:
     tokens = point.prompt_tokens - texts.special_tokens
     if point.workload == "random":
         return [texts.random(tokens, rng) for _ in range(point.requests)]
@@ -85,12 +120,18 @@ def _prompts(settings: Settings, point: Point, texts: Texts, rng: random.Random)
     if point.workload == "multi-turn":
         return _turns(tokens, point.requests, texts, rng)
     corpus = [texts.encode(text) for text in read_documents(Path(settings.documents or ""))]
-    return _about_documents(corpus, tokens, point.requests, texts, rng)
+    first, all_pieces = _place_of_pieces(settings, point, round_)
+    pieces = _pieces(corpus, tokens, range(first, first + _groups(point)), all_pieces, texts, rng)
+    return [
+        f"{pieces[index % len(pieces)]}\n\n"
+        f"Question: {QUESTIONS[index // len(pieces) % len(QUESTIONS)]}\nAnswer:"
+        for index in range(point.requests)
+    ]
 
 
 def _shared(tokens: int, requests: int, texts: Texts, rng: random.Random) -> list[str]:
     shared = round(tokens * SHARED_SHARE)
-    prefixes = [texts.random(shared, rng) for _ in range(-(-requests // PER_PREFIX))]
+    prefixes = [texts.random(shared, rng) for _ in range(ceil(requests / PER_PREFIX))]
     # A line's end keeps the two parts' tokens apart with most tokenizers; it may add tokens.
     own = tokens - shared - len(texts.encode("\n"))
     return [
@@ -106,7 +147,7 @@ def _turns(tokens: int, requests: int, texts: Texts, rng: random.Random) -> list
             f"multi-turn: expected prompts of at least {TURNS * (frame + 2)} tokens for {TURNS} turns "
             f"with this tokenizer, got {tokens}: ask for longer ones (--lengths)"
         )
-    conversations = ["" for _ in range(-(-requests // TURNS))]
+    conversations = ["" for _ in range(ceil(requests / TURNS))]
     prompts = []
     for index in range(requests):
         at = index % len(conversations)
@@ -116,27 +157,58 @@ def _turns(tokens: int, requests: int, texts: Texts, rng: random.Random) -> list
     return prompts
 
 
-def _about_documents(
-    corpus: Sequence[Sequence[int]], tokens: int, requests: int, texts: Texts, rng: random.Random
+def _groups(point: Point) -> int:
+    return ceil(point.requests / PER_PREFIX)
+
+
+def _place_of_pieces(settings: Settings, point: Point, round_: int) -> tuple[int, int]:
+    """The number of a round's first piece among all of the run, and how many these are.
+
+    Piece 0 is the gate's; the others follow by point and round.
+    """
+    first, count = 0, 1
+    for other in settings.points:
+        if other.workload == "documents":
+            if other.key == point.key and round_ != GATE_ROUND:
+                first = count + round_ * _groups(other)
+            count += settings.rounds * _groups(other)
+    return first, count
+
+
+def _pieces(
+    corpus: Sequence[Sequence[int]],
+    tokens: int,
+    numbers: Sequence[int],
+    all_pieces: int,
+    texts: Texts,
+    rng: random.Random,
 ) -> list[str]:
+    """Pieces of the texts with room for the longest question.
+
+    Piece i begins at a token whose number in the whole corpus is i modulo ``all_pieces``, so that no
+    two begin alike and none is in the prefix cache for another's sake.
+    """
     room = tokens - max(len(texts.encode(f"\n\nQuestion: {q}\nAnswer:")) for q in QUESTIONS)
-    long_enough = [ids for ids in corpus if len(ids) >= room]
+    least = room + all_pieces - 1
+    firsts = [0, *accumulate(map(len, corpus))]
+    long_enough = [
+        (first, ids) for first, ids in zip(firsts, corpus, strict=False) if len(ids) >= least
+    ]
     if not long_enough:
         joined = [token for ids in corpus for token in ids]
-        if len(joined) < room:
+        if len(joined) < least:
             raise ValueError(
-                f"documents: expected at least {room} tokens of text, found {len(joined)} in all "
-                "files: add texts, or ask for shorter prompts (--lengths)"
+                f"documents: expected at least {least} tokens of text, for {all_pieces} pieces of "
+                f"{room} tokens that begin at different places, found {len(joined)} in all files: add "
+                "texts, or ask for shorter prompts (--lengths)"
             )
-        long_enough = [joined]
-    pieces = [
-        texts.window(rng.choice(long_enough), room, rng) for _ in range(-(-requests // PER_PREFIX))
-    ]
-    return [
-        f"{pieces[index % len(pieces)]}\n\n"
-        f"Question: {QUESTIONS[index // len(pieces) % len(QUESTIONS)]}\nAnswer:"
-        for index in range(requests)
-    ]
+        long_enough = [(0, joined)]
+    made = []
+    for number in numbers:
+        first, ids = rng.choice(long_enough)
+        starts = range((number - first) % all_pieces, len(ids) - room + 1, all_pieces)
+        made.append(texts.window(ids, rng.choice(starts), room))
+    return made
 
 
 def _passkeys(point: Point, count: int, texts: Texts, rng: random.Random) -> list[Request]:
@@ -160,15 +232,21 @@ def _mix(requests: Sequence[Request], passkeys: Sequence[Request]) -> list[Reque
 
 
 def _rows_of_round(
-    rows: Sequence[Request], requests: int, round_: int, rounds: int
+    rows: Sequence[Request], settings: Settings, point: Point, round_: int
 ) -> list[Request]:
-    if len(rows) < requests * rounds:
+    first, count = 0, 0
+    for other in settings.points:
+        if other.workload == "dataset":
+            if other.key == point.key:
+                first = count + round_ * other.requests
+            count += settings.rounds * other.requests
+    if len(rows) < count:
         raise ValueError(
-            f"dataset: expected {requests} requests x {rounds} rounds = {requests * rounds} lines, so "
-            f"that no round finds its prompts cached, got {len(rows)}: add lines, or lower --requests "
-            "or --rounds"
+            f"dataset: expected {count} lines, one for each request of {settings.rounds} rounds of all "
+            f"points, so that none finds its prompt cached, got {len(rows)}: add lines, or lower "
+            "--requests or --rounds"
         )
-    return list(rows[round_ * requests : (round_ + 1) * requests])
+    return list(rows[first : first + point.requests])
 
 
 def read_dataset(file: Path, output_tokens: int) -> list[Request]:
@@ -214,7 +292,14 @@ def _row(line: bytes, output_tokens: int) -> Request:
 
 
 def write_requests(requests: Sequence[Request], file: Path) -> None:
-    """As the client's dataset."""
+    """As the client's dataset; whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(request)) for request in requests]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part = file.with_name(file.name + ".part")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def read_requests(file: Path) -> list[Request]:
+    """What ``write_requests`` wrote."""
+    return [Request(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

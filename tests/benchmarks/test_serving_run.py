@@ -128,6 +128,73 @@ class TestFinished:
         assert len(list((other / "servers").glob("stock-start*.log"))) == 3
 
 
+class TestPromptsThatBeginAlike:
+    """Conversations, and questions about the user's documents."""
+
+    FLAGS = (
+        "--lengths 256 --output-tokens 4 --requests 8 --concurrencies 2 --rounds 2 "
+        "--passkey-share 0.25"
+    )
+
+    @pytest.fixture
+    def documents(self, tmp_path):
+        folder = tmp_path / "documents"
+        folder.mkdir()
+        words = " ".join(f"the lamp of farmer number {i}" for i in range(300))
+        (folder / "a.txt").write_text(words)
+        return folder
+
+    @pytest.fixture
+    def run(self, bench, documents, tmp_path):
+        flags = [*self.FLAGS.split(), "--workloads", "multi-turn", "documents"]
+        folder = tmp_path / "run"
+        return bench(NEEDLE, *flags, "--documents", documents, "--out", folder), folder
+
+    def test_both_are_measured_on_both_sides(self, run):
+        (code, output), folder = run
+        assert code == 0, output
+        results = results_of(folder)
+        assert results.complete
+        assert [(p.workload, [(s.side, s.rounds) for s in p.sides]) for p in results.points] == [
+            (workload, [("stock", 2), ("duo-0.5", 2)]) for workload in ("multi-turn", "documents")
+        ]
+        for point in results.points:
+            for side in point.sides:
+                assert (side.passkeys_right, side.passkeys_asked) == (4, 4)
+                assert side.prefix_hit_rate == 0.25
+                assert side.ttft_ms.samples == 2 * (8 + 2)
+
+    def test_gate_asks_one_of_each_too(self, run):
+        # 4 random texts and 4 pass keys, 4 turns of a conversation, 4 questions about a document.
+        assert results_of(run[1]).gate.compared_tokens == (8 + 4 + 4) * 16
+
+    def test_no_round_has_another_ones_prompts(self, run):
+        kept = [file.read_text().splitlines() for file in (run[1] / "requests").iterdir()]
+        assert len(kept) == 4
+        assert len({line for lines in kept for line in lines}) == sum(map(len, kept))
+
+    def test_a_run_goes_on_with_the_requests_it_had(self, run, bench, documents):
+        """Although the user's texts have changed: all sides of a round get the same."""
+        _, folder = run
+        kept = {file: file.read_bytes() for file in (folder / "requests").iterdir()}
+        (documents / "a.txt").write_text("other words now " * 1000)
+        (lost,) = (folder / "runs").glob("documents-*/duo-0.5-round1.json")
+        lost.unlink()
+        code, output = bench("--resume", folder)
+        assert code == 0, output
+        assert results_of(folder).complete
+        assert json.loads(lost.read_text())["passkeys_right"] == 2
+        assert {file: file.read_bytes() for file in kept} == kept
+
+    def test_too_little_text_is_told_before_any_server_starts(self, bench, documents, tmp_path):
+        (documents / "a.txt").write_text("a few words")
+        flags = [*self.FLAGS.split(), "--workloads", "documents", "--documents", documents]
+        code, output = bench(NEEDLE, *flags, "--out", tmp_path / "run")
+        assert code == 2
+        assert "tokens of text, for 5 pieces of" in output
+        assert not (tmp_path / "run" / "servers").exists()
+
+
 class TestServerDies:
     def test_partial_results_are_kept_and_resumed(self, new_run, bench, tmp_path):
         # 8 + 1 gate and warm-up answers, 6 in round 0, and 2 into round 1.
@@ -272,6 +339,7 @@ class TestBadInput:
             ("--sparsity 0.5 0.5", "each sparsity can be measured once, got twice: 0.5"),
             ("--sparsity 1.5", "sparsities.0: Input should be less than or equal to 1, got 1.5"),
             ("--workloads multi-turn --rates 1", "expected at least one point, got none"),
+            ("--workloads multi-turn --requests 8", "at least 4 requests for each one in flight"),
             ("--requests 1 2 3", "expected one number, or one for each of the 1 lengths, got 3"),
             ("--requests 0", "requests: Input should be greater than or equal to 1, got 0"),
             ("--env WRONG", "--env: expected NAME=VALUE, got 'WRONG'"),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
 
 from benchmarks.serving.prompts import Texts, read_documents
-from benchmarks.serving.settings import Point, Settings
+from benchmarks.serving.settings import TURNS, Point, Settings
 from benchmarks.serving.workloads import (
     PER_PREFIX,
     SHARED_SHARE,
-    TURNS,
     make_requests,
     read_dataset,
+    shared_prompts,
 )
 from vllm_duo.evaluate.passkey import first_number
 
@@ -35,6 +36,22 @@ def requests_of(workload, *, round_=0, seed=0, share=0.0, requests=8, tokens=256
         model=NEEDLE, points=(point,), seed=seed, passkey_share=share, rounds=rounds, **more
     )
     return make_requests(settings, point, round_, TEXTS)
+
+
+@pytest.mark.parametrize("workload", ["shared-prefix", "multi-turn"])
+def test_the_gates_prompts_begin_alike(workload):
+    point = Point(workload=workload, prompt_tokens=256, output_tokens=1, requests=4, concurrency=1)
+    settings = Settings(model=NEEDLE, points=(point,))
+    prompts = shared_prompts(settings, workload, 256, TEXTS, random.Random(0))
+    assert len(prompts) == 4
+    shortest = min(map(TEXTS.count, prompts))
+    assert TEXTS.count(common_start(prompts)) >= min(SHARED_SHARE * 256, shortest - 1)
+    assert shared_prompts(settings, "random", 256, TEXTS, random.Random(0)) == []
+
+
+def beginning(prompt: str) -> str:
+    """Of a prompt of documents: a few tokens of its piece."""
+    return prompt.partition("\n\nQuestion")[0][:16]
 
 
 def common_start(prompts):
@@ -84,6 +101,16 @@ class TestMultiTurn:
                 assert after.endswith("Assistant:")
             assert 200 <= TEXTS.count(turns[-1]) <= 256
 
+    def test_a_turn_waits_for_the_one_before_it(self):
+        with pytest.raises(ValueError, match=r"at least 4 requests for each one in flight.* got 8"):
+            Point(
+                workload="multi-turn",
+                prompt_tokens=64,
+                output_tokens=4,
+                requests=8,
+                concurrency=3,
+            )
+
     def test_too_short(self):
         with pytest.raises(
             ValueError, match=r"multi-turn: expected prompts of at least \d+ tokens"
@@ -117,6 +144,36 @@ class TestDocuments:
     def test_too_little_text(self, folder):
         with pytest.raises(ValueError, match=r"documents: expected at least \d+ tokens of text"):
             requests_of("documents", documents=str(folder), tokens=32_000)
+
+    def test_no_two_pieces_of_a_run_begin_alike(self, tmp_path):
+        """Neither over rounds nor over lengths and loads; the gate's is yet another one."""
+        # Few places for 17 pieces: draws that may come twice would do so.
+        numbers = " ".join(map(str, range(10_000, 10_030)))
+        (tmp_path / "a.txt").write_text(numbers)
+        points = tuple(
+            Point(
+                workload="documents",
+                prompt_tokens=tokens,
+                output_tokens=4,
+                requests=8,
+                concurrency=load,
+            )
+            for tokens in (64, 100)
+            for load in (1, 2)
+        )
+        settings = Settings(
+            model=NEEDLE, points=points, rounds=2, passkey_share=0, documents=str(tmp_path)
+        )
+        pieces = {
+            beginning(r.prompt)
+            for point in points
+            for round_ in range(2)
+            for r in make_requests(settings, point, round_, TEXTS)
+        }
+        gate = shared_prompts(settings, "documents", 64, TEXTS, random.Random(0))
+        assert len(pieces) == 4 * 2 * 2
+        assert len(set(map(beginning, gate))) == 1
+        assert beginning(gate[0]) not in pieces
 
     def test_no_folder_and_no_text(self, tmp_path):
         with pytest.raises(ValueError, match="expected a folder, found none"):
@@ -192,5 +249,5 @@ class TestDataset:
             for i in range(2)
         ]
         assert made == [["p0", "p1"], ["p2", "p3"]]
-        with pytest.raises(ValueError, match=r"2 requests x 3 rounds = 6 lines.* got 5"):
+        with pytest.raises(ValueError, match=r"expected 6 lines, .* of 3 rounds.* got 5"):
             requests_of("dataset", rounds=3, **given)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluate.chat_models import copy_needle
 from vllm_duo.evaluate import run as module
 
 NEEDLE = str(Path(__file__).resolve().parents[2] / "models" / "needle")
@@ -66,6 +67,25 @@ def test_bad_input(run, engines, tmp_path, given, message):
     code, _, stderr = run(*arguments(tmp_path, *given))
     assert code == 2
     assert message in stderr
+    assert engines == []
+
+
+def test_chat_template_is_recorded(run, engines, tmp_path):
+    code, out, _ = run(*arguments(tmp_path, "--sparsity", "0.5", "--apply-chat-template"))
+    assert code == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["apply_chat_template"]
+    assert results["chat_template"] in out
+
+
+def test_chat_template_that_is_not_there(run, engines, tmp_path):
+    model = copy_needle(tmp_path / "model", None)
+    small = ("--tasks", "needle", "--lengths", "256")
+    code, _, stderr = run(
+        *("eval", str(model), "--out", str(tmp_path / "out"), *small, "--apply-chat-template")
+    )
+    assert code == 2
+    assert "found none: leave --apply-chat-template and --suites-chat out" in stderr
     assert engines == []
 
 

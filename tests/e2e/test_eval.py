@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from tests.e2e.needle import MODEL
+from tests.evaluate.chat_models import copy_needle
 from vllm_duo.evaluate.run import evaluate
 from vllm_duo.evaluate.settings import EvalSettings
 from vllm_duo.evaluate.tokenizer import load_tokenizer
@@ -15,6 +18,7 @@ from vllm_duo.evaluate.tokenizer import load_tokenizer
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 TASKS = ("needle", "multi-value")
+ENGINE = {"dtype": "float32", "enforce_eager": True}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def evaluated(tmp_path_factory):
             tasks=TASKS,
             lengths=(512, 1024),
             samples=20,
-            engine={"dtype": "float32", "enforce_eager": True},
+            engine=ENGINE,
         )
         results = evaluate(settings, folder, count_tokens=count_tokens, vocabulary=vocabulary)
         return results, len(list(folder.glob("full-*.answers.json")))
@@ -48,6 +52,57 @@ def test_good_pattern_loses_nothing_at_half(good):
     verdict = good["tasks"]["needle"]["duo"]["duo-0.5"]["verdict"]
     assert verdict["kind"] == "within_noise", verdict
     assert verdict["full"] >= 0.95
+
+
+def test_chat_template_that_only_joins_messages_changes_no_answer(good, tmp_path):
+    """The needle model's own: the engines get the tokens of the plain questions, and answer alike."""
+    found = through_template(MODEL, tmp_path, tasks=TASKS, lengths=(512, 1024), samples=20)
+    for side in ("full", "duo-0.5"):
+        rows = [row for row in found["samples"][side] if row["task"] == "needle"]
+        assert rows == [row for row in good["samples"][side] if row["task"] == "needle"]
+    assert found["chat_template"] is not None
+
+
+def test_chat_template_reaches_the_engines(tmp_path):
+    """One that puts a sentence before each question: what was asked begins with it, and fits."""
+    words = "In the evening Anna found the green lamp."
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if not loop.first %} {% endif %}"
+        f"{{% if m.role == 'user' %}}{words} {{% endif %}}{{{{ m.content | trim }}}}{{% endfor %}}"
+    )
+    model = copy_needle(tmp_path / "model", template)
+    found = through_template(
+        model, tmp_path / "run", tasks=("needle", "multi-turn"), lengths=(512,), samples=5
+    )
+    (job,) = (tmp_path / "run").glob("duo-0.5-*.job.json")
+    first, *later = json.loads(job.read_text())["rounds"]
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    for question in first:
+        assert tokenizer.decode(question["prompt_token_ids"]).startswith(words)
+        assert len(question["prompt_token_ids"]) <= 512
+    for turn, asked in enumerate(later, start=1):
+        for question in asked:
+            assert tokenizer.decode(question["prompt_token_ids"]).count(words) == turn + 1
+    for side in ("full", "duo-0.5"):
+        rows = found["samples"][side]
+        assert len(rows) == 5 + 3 * 5
+        # The model does not mind the sentence: it reads as one of the text.
+        right = [row["score"] for row in rows if row["task"] == "needle"]
+        assert sum(right) >= 4
+
+
+def through_template(model, folder, **given):
+    """Evaluates a model at a half, its questions through its chat template."""
+    count_tokens, vocabulary = load_tokenizer(str(model))
+    settings = EvalSettings(
+        model=str(model),
+        sparsities=(0.5,),
+        perplexity=False,
+        apply_chat_template=True,
+        engine=ENGINE,
+        **given,
+    )
+    return evaluate(settings, folder, count_tokens=count_tokens, vocabulary=vocabulary)
 
 
 def test_task_that_the_model_cannot_do_gets_no_verdict(good):

@@ -12,11 +12,13 @@ from tests.evaluate.test_tasks import count_words
 from vllm_duo.evaluate import engines
 from vllm_duo.evaluate import run as module
 from vllm_duo.evaluate.perplexity import compare
+from vllm_duo.evaluate.prompts import PlainPrompts
 from vllm_duo.evaluate.questions import make_questions
 from vllm_duo.evaluate.report import tables
 from vllm_duo.evaluate.run import engine_arguments, evaluate
 from vllm_duo.evaluate.settings import EvalSettings
 
+PROMPTS = PlainPrompts(count_words)
 NEEDLE = r"The pass key is (\d{5})\."
 
 
@@ -122,13 +124,13 @@ def test_a_quantised_cache_is_judged_against_the_models_own():
 
 
 def test_depths_are_asked_alike():
-    questions = make_questions(settings_of(tasks=("needle",)), count_words)
+    questions = make_questions(settings_of(tasks=("needle",)), PROMPTS, count_words)
     depths = [q.sample.depth for q in questions.rounds[0]]
     assert {depths.count(depth) for depth in set(depths)} == {4}  # 10 samples, 5 depths, 2 lengths
 
 
 def test_turns_come_in_rounds():
-    questions = make_questions(settings_of(tasks=("multi-turn", "needle")), count_words)
+    questions = make_questions(settings_of(tasks=("multi-turn", "needle")), PROMPTS, count_words)
     assert [len(asked) for asked in questions.rounds] == [40, 20, 20]
 
 

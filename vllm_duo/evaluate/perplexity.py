@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_duo.evaluate.prompts import CountTokens, PlainPrompts
 from vllm_duo.evaluate.statistics import RESAMPLES
-from vllm_duo.evaluate.task import CountTokens, Wanted, haystack
+from vllm_duo.evaluate.task import Wanted, haystack
 
 PARTS = 4
 TEXTS = 8
@@ -18,10 +19,10 @@ CHANCE_SHARE = 0.9
 
 
 def make_texts(tokens: int, seed: int, count_tokens: CountTokens) -> list[str]:
-    """``TEXTS`` texts of filler sentences of about ``tokens`` tokens."""
+    """``TEXTS`` texts of filler sentences of about ``tokens`` tokens; no chat template is applied."""
     rng = random.Random(f"perplexity {seed}")
-    wanted = Wanted(tokens=tokens, depth=0, rng=rng, count_tokens=count_tokens)
-    return [haystack(wanted, "This is a text.", [], "The end.") for _ in range(TEXTS)]
+    wanted = Wanted(tokens=tokens, depth=0, rng=rng, prompts=PlainPrompts(count_tokens))
+    return [haystack(wanted, "This is a text.", [], "The end.", "") for _ in range(TEXTS)]
 
 
 def compare(

@@ -7,8 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from vllm_duo.evaluate import perplexity
+from vllm_duo.evaluate.prompts import CountTokens, Prompts
 from vllm_duo.evaluate.settings import EvalSettings
-from vllm_duo.evaluate.task import CountTokens, Sample, Wanted
+from vllm_duo.evaluate.task import Sample, Wanted
 from vllm_duo.evaluate.tasks import TASKS
 
 
@@ -35,8 +36,16 @@ class Questions:
     skipped: dict[str, dict[int, str]]
 
 
-def make_questions(settings: EvalSettings, count_tokens: CountTokens) -> Questions:
-    """Make all samples; the same settings and tokenizer give the same."""
+def make_questions(
+    settings: EvalSettings, prompts: Prompts, count_tokens: CountTokens
+) -> Questions:
+    """Make all samples; the same settings and tokenizer give the same.
+
+    Args:
+        settings: of the run.
+        prompts: measures the questions.
+        count_tokens: measures the texts for perplexity.
+    """
     rounds: defaultdict[int, list[Question]] = defaultdict(list)
     skipped: defaultdict[str, dict[int, str]] = defaultdict(dict)
     for name in settings.tasks:
@@ -44,7 +53,7 @@ def make_questions(settings: EvalSettings, count_tokens: CountTokens) -> Questio
             rng = random.Random(f"{name} {length} {settings.seed}")
             for index in range(settings.samples):
                 depth = settings.depths[index % len(settings.depths)]
-                wanted = Wanted(tokens=length, depth=depth, rng=rng, count_tokens=count_tokens)
+                wanted = Wanted(tokens=length, depth=depth, rng=rng, prompts=prompts)
                 try:
                     samples = TASKS[name].make(wanted)
                 except ValueError as error:

@@ -18,9 +18,23 @@ HEATMAP_TASK = "needle"
 def tables(results: dict[str, Any]) -> Iterator[RenderableType]:
     """The verdicts, the needle by depth and length, and perplexity by position."""
     yield _verdicts(results)
+    yield from map(Text, notes_on_prompts(results))
     yield from _needles(results)
     if "perplexity" in results:
         yield _perplexity(results["perplexity"])
+
+
+def notes_on_prompts(results: dict[str, Any]) -> list[str]:
+    """Which questions went through the model's chat template; none where no one did."""
+    settings, template = results["settings"], results.get("chat_template")
+    if template is not None:
+        unlike = ", texts for perplexity not" if "perplexity" in results else ""
+        return [
+            f"Questions were asked through the model's chat template (SHA-256 {template}){unlike}."
+        ]
+    if settings.get("suites") and settings.get("suites_chat"):
+        return ["Suites were asked through the model's chat template, other questions not."]
+    return []
 
 
 def _verdicts(results: dict[str, Any]) -> Table:

@@ -12,11 +12,11 @@ from typing import Any
 from vllm_duo.config import SECTION
 from vllm_duo.evaluate import perplexity
 from vllm_duo.evaluate.engines import answers_of
+from vllm_duo.evaluate.prompts import CountTokens, Prompts, make_prompts
 from vllm_duo.evaluate.questions import Questions, make_questions
 from vllm_duo.evaluate.settings import EvalSettings
 from vllm_duo.evaluate.statistics import judge, wilson
 from vllm_duo.evaluate.suites import compared
-from vllm_duo.evaluate.task import CountTokens
 from vllm_duo.evaluate.tasks import TASKS
 from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import read_checkpoint
@@ -77,10 +77,12 @@ def evaluate(
 
     Raises:
         RuntimeError: an engine failed.
-        ValueError: no task fits any length; no such model or pattern, or one of another shape.
+        ValueError: no task fits any length; no such model or pattern, or one of another shape; a chat
+            template is asked for, and there is none.
         NotImplementedError: duo cannot serve the model.
     """
-    questions = make_questions(settings, count_tokens)
+    prompts = make_prompts(settings, count_tokens)
+    questions = make_questions(settings, prompts, count_tokens)
     if not questions.rounds and not questions.texts and not settings.suites:
         reasons = "; ".join(
             f"{name}: {reason}"
@@ -90,11 +92,12 @@ def evaluate(
         raise ValueError(f"no task fits any of the lengths: {reasons}")
     selections = {s: selection_of(settings, s) for s in settings.sparsities}
     found: dict[str, dict[str, Any]] = {"questions": {}, "suites": {}}
-    for kind, name, job in _jobs(settings, questions, count_tokens, selections):
+    for kind, name, job in _jobs(settings, questions, prompts, selections):
         progress(name if kind == "questions" else f"{name} by lm-eval")
         file = name if kind == "questions" else f"{name}-{kind}"
         found[kind][name] = answers_of(file, job, folder)
     results = _results(settings, questions, found["questions"], vocabulary)
+    results["chat_template"] = prompts.template_hash
     if settings.suites:
         scores = {name: answers["suites"] for name, answers in found["suites"].items()}
         duos = {n: (s, scores[n]) for n, s in _engines(settings).items() if s is not None}
@@ -105,7 +108,7 @@ def evaluate(
 def _jobs(
     settings: EvalSettings,
     questions: Questions,
-    count_tokens: CountTokens,
+    prompts: Prompts,
     selections: Mapping[float, dict[str, Any]],
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What each engine is asked, as ("questions" or "suites", the engine's name, job).
@@ -114,10 +117,17 @@ def _jobs(
     folder is another job.
     """
     asked: list[list[dict[str, Any]]] = [
-        [{"prompt": q.sample.prompt, "max_tokens": TASKS[q.task].max_tokens} for q in turn]
+        [
+            prompts.asked(q.sample.turns, q.sample.start) | {"max_tokens": TASKS[q.task].max_tokens}
+            for q in turn
+        ]
         for turn in questions.rounds
     ]
-    counted = [count_tokens(q["prompt"]) + q["max_tokens"] for turn in asked for q in turn]
+    counted = [
+        prompts.count(q.sample.turns, q.sample.start) + TASKS[q.task].max_tokens
+        for turn in questions.rounds
+        for q in turn
+    ]
     longest = max([*counted, *settings.lengths])
     for name, sparsity in _engines(settings).items():
         selection = {"selection": None if sparsity is None else selections[sparsity]}

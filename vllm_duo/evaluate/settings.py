@@ -22,11 +22,13 @@ class EvalSettings(BaseModel):
         lengths: prompts, in tokens.
         depths: places of the answer for tasks with one, in turn.
         samples: of each task and length.
+        apply_chat_template: whether all questions, those of suites too, go through the model's chat
+            template; perplexity does not.
         suites: tasks of lm-eval, which answers them through vLLM.
         suites_limit: documents of each; None: all.
         suites_path: folder with tasks of one's own; None: lm-eval's only.
         suites_fewshot: examples before each question; None: as each task has it.
-        suites_chat: whether questions go through the model's chat template.
+        suites_chat: whether those of suites do, whatever the others do.
         sink_size: of the streaming heads, in tokens; None: as the server would choose.
         recent_size: likewise.
         seed: of all prompts.
@@ -43,6 +45,7 @@ class EvalSettings(BaseModel):
     lengths: tuple[Length, ...] = Field(default=(1024, 2048), min_length=1)
     depths: tuple[Share, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     samples: int = Field(default=20, ge=1)
+    apply_chat_template: bool = False
     suites: tuple[str, ...] = ()
     suites_limit: int | None = Field(default=None, ge=1)
     suites_path: str | None = None
@@ -71,7 +74,7 @@ class EvalSettings(BaseModel):
             "limit": self.suites_limit,
             "include_path": self.suites_path,
             "num_fewshot": self.suites_fewshot,
-            "apply_chat_template": self.suites_chat,
+            "apply_chat_template": self.suites_chat or self.apply_chat_template,
             "seed": self.seed,
         }
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_duo.evaluate.passkey import make_sentence
-
-CountTokens = Callable[[str], int]
+from vllm_duo.evaluate.prompts import Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +16,8 @@ class Sample:
     """One question.
 
     Attributes:
-        prompt: text that the model goes on from.
+        turns: what user and assistant say in turn, from the user to the user, who asks last.
+        start: first words of the answer; the model goes on from them.
         answers: what the answer must hold.
         length: tokens asked for; the prompt has at most so many.
         depth: where the answer stands, 0 (start) to 1; None where that means nothing.
@@ -25,7 +25,8 @@ class Sample:
             text, so that they resume at what the cache kept.
     """
 
-    prompt: str
+    turns: tuple[str, ...]
+    start: str
     answers: tuple[str, ...]
     length: int
     depth: float | None = None
@@ -37,16 +38,16 @@ class Wanted:
     """What is asked of a task: one sample, or one conversation.
 
     Attributes:
-        tokens: length of the prompt.
+        tokens: length of the prompt, with special tokens and the chat template if one is applied.
         depth: where the answer is to stand, for tasks with one place; 0 to 1.
         rng: source of every choice.
-        count_tokens: tokens of a text, special ones included.
+        prompts: measures prompts as they will be asked.
     """
 
     tokens: int
     depth: float
     rng: random.Random
-    count_tokens: CountTokens
+    prompts: Prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,33 +80,36 @@ def haystack(
     introduction: str,
     facts: Sequence[str],
     question: str,
+    start: str,
     depths: Sequence[float] | None = None,
 ) -> str:
     """Filler sentences with the facts among them, in their order, and the question at the end.
+
+    With ``start`` it makes a prompt of at most ``wanted.tokens`` that lacks about a sentence to them.
 
     Args:
         wanted: length and source of every choice.
         introduction: first sentence.
         facts: sentences to hide.
-        question: last words; the model goes on from them.
+        question: last words.
+        start: first words of the answer, not in what is returned.
         depths: 0 to 1 for each fact, ascending; None draws them.
 
     Raises:
         ValueError: the length does not hold the facts and the question.
     """
-    count = wanted.count_tokens
-    fixed = " ".join([introduction, *facts, question])
-    budget = wanted.tokens - count(fixed)
+    prompts = wanted.prompts
+    least = prompts.count((" ".join([introduction, *facts, question]),), start)
+    budget = wanted.tokens - least
     if budget < 0:
         raise ValueError(
-            f"this task needs at least {count(fixed)} tokens with this tokenizer, got "
+            f"this task needs at least {least} tokens with this tokenizer, got "
             f"{wanted.tokens}: ask for longer prompts (--lengths)"
         )
-    special = count("")
     filler: list[str] = []
     while True:
         sentence = make_sentence(wanted.rng)
-        budget -= count(" " + sentence) - special
+        budget -= prompts.count_text(" " + sentence)
         if budget < 0:
             break
         filler.append(sentence)
@@ -113,7 +117,7 @@ def haystack(
     places = [int(depth * len(filler) + 0.5) for depth in at]
     while True:
         text = _joined(introduction, filler, facts, places, question)
-        if count(text) <= wanted.tokens or not filler:
+        if prompts.count((text,), start) <= wanted.tokens or not filler:
             return text
         filler.pop()  # tokens do not add up exactly over sentences with every tokenizer
 

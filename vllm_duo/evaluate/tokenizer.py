@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_duo.evaluate.task import CountTokens
+from vllm_duo.evaluate.prompts import CountTokens
 
 TOKENIZER_NAME = "tokenizer.json"
 

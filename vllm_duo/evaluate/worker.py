@@ -4,6 +4,7 @@
 
 A job is ``{"engine": {...}, "rounds": [[{"prompt", "max_tokens"}, ...], ...], "texts": [...]}``: the
 arguments of ``vllm.LLM``, the questions by turn, and texts whose tokens' log-probabilities are wanted.
+A question has ``prompt_token_ids`` instead of ``prompt`` where a chat template made it.
 Answers are ``{"rounds": [[text, ...], ...], "logprobs": [[...], ...]}``, greedy. A job with ``suites``
 instead of questions is one for ``suites.run_suites``; its answer is ``{"suites": {...}}``.
 """
@@ -43,11 +44,18 @@ def _answers(engine: LLM, questions: list[dict[str, Any]]) -> list[str]:
     from vllm import SamplingParams
 
     outputs = engine.generate(
-        [question["prompt"] for question in questions],
+        [_prompt(question) for question in questions],
         [SamplingParams(temperature=0, max_tokens=q["max_tokens"]) for q in questions],
         use_tqdm=False,
     )
     return [output.outputs[0].text for output in outputs]
+
+
+def _prompt(question: dict[str, Any]) -> Any:
+    """Text, to which vLLM adds special tokens, or tokens as they stand."""
+    if "prompt_token_ids" in question:
+        return {"prompt_token_ids": question["prompt_token_ids"]}
+    return question["prompt"]
 
 
 def _logprobs(engine: LLM, text: str) -> list[float]:

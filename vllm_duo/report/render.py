@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_duo.evaluate.report import notes_on_prompts
 from vllm_duo.heads import HeadPattern
 from vllm_duo.planning.table import size
 from vllm_duo.report import pattern, serving, style
@@ -136,7 +137,7 @@ def _plan_blocks(plan: dict[str, Any]) -> Iterator[Block]:
 
 def _eval(result: Result) -> Section:
     heading = f"Quality: {result.data['settings']['model']}"
-    return _section(result, heading, _eval_blocks(result.data))
+    return _section(result, heading, _eval_blocks(result.data), notes_on_prompts(result.data))
 
 
 def _eval_blocks(data: dict[str, Any]) -> Iterator[Block]:

@@ -19,14 +19,16 @@ def make(wanted: Wanted) -> list[Sample]:
         value += -amount if less else amount
         facts.append(f"x{step} is x{step - 1} {'minus' if less else 'plus'} {amount}.")
         values.append(value)
-    prompt = haystack(
+    start = f"x0 = {values[0]}, x1 ="
+    text = haystack(
         wanted,
         "This text defines numbers, each from the one before it. Work them out.",
         facts,
-        f"Write down the values of x0 to x{STEPS} in order. x0 = {values[0]}, x1 =",
+        f"Write down the values of x0 to x{STEPS} in order.",
+        start,
     )
     answers = tuple(str(number) for number in values[1:])
-    return [Sample(prompt=prompt, answers=answers, length=wanted.tokens)]
+    return [Sample(turns=(text,), start=start, answers=answers, length=wanted.tokens)]
 
 
 def score(sample: Sample, completion: str) -> float:

@@ -10,7 +10,8 @@ REPEATS = 6
 """How many times as often the common words stand in the list."""
 
 INTRODUCTION = "Below is a list of words. Some of them come more often than the others."
-QUESTION = f"Which {COMMON} words come most often? The {COMMON} most frequent words are"
+QUESTION = f"Which {COMMON} words come most often?"
+START = f"The {COMMON} most frequent words are"
 
 
 def make(wanted: Wanted) -> list[Sample]:
@@ -23,15 +24,14 @@ def make(wanted: Wanted) -> list[Sample]:
     wanted.rng.shuffle(words)
     common, others = words[:COMMON], words[COMMON:]
     rounds = [*common * REPEATS, *others]
-    count = wanted.count_tokens
+    prompts = wanted.prompts
     listed: list[str] = []
-    budget = wanted.tokens - count(f"{INTRODUCTION} {QUESTION}")
-    special = count("")
+    budget = wanted.tokens - prompts.count((f"{INTRODUCTION} {QUESTION}",), START)
     while True:
         wanted.rng.shuffle(rounds)
         for word in rounds:
             item = f"{len(listed) + 1}. {word}"
-            budget -= count(" " + item) - special
+            budget -= prompts.count_text(" " + item)
             if budget < 0:
                 break
             listed.append(item)
@@ -43,9 +43,9 @@ def make(wanted: Wanted) -> list[Sample]:
             f"{2 * COMMON * REPEATS}: ask for longer prompts (--lengths)"
         )
     while True:
-        prompt = " ".join([INTRODUCTION, *listed, QUESTION])
-        if count(prompt) <= wanted.tokens:
-            return [Sample(prompt=prompt, answers=tuple(common), length=wanted.tokens)]
+        text = " ".join([INTRODUCTION, *listed, QUESTION])
+        if prompts.count((text,), START) <= wanted.tokens:
+            return [Sample(turns=(text,), start=START, answers=tuple(common), length=wanted.tokens)]
         listed.pop()
 
 

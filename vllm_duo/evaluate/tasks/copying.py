@@ -12,14 +12,24 @@ NUMBERS = 40
 def make(wanted: Wanted) -> list[Sample]:
     """``NUMBERS`` numbers at ``wanted.depth``, to be repeated in order."""
     numbers = distinct(wanted.rng, 4, NUMBERS)
-    prompt = haystack(
+    start = "The list is:"
+    text = haystack(
         wanted,
         "Somewhere in this text is a list of numbers. Remember it.",
         [f"The list is: {', '.join(numbers)}."],
-        f"Repeat all {NUMBERS} numbers of the list in order. The list is:",
+        f"Repeat all {NUMBERS} numbers of the list in order.",
+        start,
         depths=[wanted.depth],
     )
-    return [Sample(prompt=prompt, answers=tuple(numbers), length=wanted.tokens, depth=wanted.depth)]
+    return [
+        Sample(
+            turns=(text,),
+            start=start,
+            answers=tuple(numbers),
+            length=wanted.tokens,
+            depth=wanted.depth,
+        )
+    ]
 
 
 def score(sample: Sample, completion: str) -> float:

@@ -14,13 +14,15 @@ def make(wanted: Wanted) -> list[Sample]:
     keys = distinct(wanted.rng, 5, KEYS)
     asked = wanted.rng.randrange(KEYS)
     facts = [f"The pass key of the {n} is {k}." for n, k in zip(names, keys, strict=True)]
-    prompt = haystack(
+    start = f"The pass key of the {names[asked]} is"
+    text = haystack(
         wanted,
         "Somewhere in this text are pass keys. Read the text and remember them.",
         facts,
-        f"What is the pass key of the {names[asked]}? The pass key of the {names[asked]} is",
+        f"What is the pass key of the {names[asked]}?",
+        start,
     )
-    return [Sample(prompt=prompt, answers=(keys[asked],), length=wanted.tokens)]
+    return [Sample(turns=(text,), start=start, answers=(keys[asked],), length=wanted.tokens)]
 
 
 TASK = Task(

@@ -18,21 +18,29 @@ def make(wanted: Wanted) -> list[Sample]:
     keys = distinct(wanted.rng, 5, TURNS)
     facts = [f"The pass key of the {n} is {k}." for n, k in zip(names, keys, strict=True)]
     order = wanted.rng.sample(range(TURNS), TURNS)
-    asked = [
-        f"What is the pass key of the {names[i]}? The pass key of the {names[i]} is" for i in order
-    ]
-    prompt = haystack(
+    asked = [f"What is the pass key of the {names[i]}?" for i in order]
+    starts = [f"The pass key of the {names[i]} is" for i in order]
+    text = haystack(
         wanted,
         "Somewhere in this text are pass keys. Read the text and remember them.",
         facts,
         asked[0],
+        starts[0],
     )
     samples = []
+    turns: tuple[str, ...] = (text,)
     for turn, index in enumerate(order):
         if turn:
-            prompt += f" {keys[order[turn - 1]]}. {asked[turn]}"
+            before = f"{starts[turn - 1]} {keys[order[turn - 1]]}."
+            turns = (*turns, before, asked[turn])
         samples.append(
-            Sample(prompt=prompt, answers=(keys[index],), length=wanted.tokens, turn=turn)
+            Sample(
+                turns=turns,
+                start=starts[turn],
+                answers=(keys[index],),
+                length=wanted.tokens,
+                turn=turn,
+            )
         )
     return samples
 

@@ -12,13 +12,15 @@ def make(wanted: Wanted) -> list[Sample]:
     """``VALUES`` pass keys of one name."""
     name = wanted.rng.choice(SLOTS["person"])
     keys = distinct(wanted.rng, 5, VALUES)
-    prompt = haystack(
+    start = f"The {VALUES} pass keys of the {name} are"
+    text = haystack(
         wanted,
         "Somewhere in this text are pass keys. Read the text and remember them.",
         [f"One of the pass keys of the {name} is {key}." for key in keys],
-        f"What are all pass keys of the {name}? The {VALUES} pass keys of the {name} are",
+        f"What are all pass keys of the {name}?",
+        start,
     )
-    return [Sample(prompt=prompt, answers=tuple(keys), length=wanted.tokens)]
+    return [Sample(turns=(text,), start=start, answers=tuple(keys), length=wanted.tokens)]
 
 
 TASK = Task(

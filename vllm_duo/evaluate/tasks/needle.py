@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from vllm_duo.evaluate.passkey import make_prompt
-from vllm_duo.evaluate.task import Sample, Task, Wanted
-
-DIGITS = 5
+from vllm_duo.evaluate.passkey import (
+    INTRODUCTION,
+    KEY_PREFIX,
+    QUESTION,
+    first_number,
+    make_key,
+)
+from vllm_duo.evaluate.task import Sample, Task, Wanted, haystack
 
 
 def make(wanted: Wanted) -> list[Sample]:
     """One pass key at ``wanted.depth``."""
-    prompt = make_prompt(
-        wanted.tokens, rng=wanted.rng, count_tokens=wanted.count_tokens, depth=wanted.depth
+    key = make_key(wanted.rng)
+    text = haystack(
+        wanted, INTRODUCTION, [f"{KEY_PREFIX} {key}."], QUESTION, KEY_PREFIX, depths=[wanted.depth]
     )
     return [
         Sample(
-            prompt=prompt.text,
-            answers=(prompt.answer,),
+            turns=(text,),
+            start=KEY_PREFIX,
+            answers=(key,),
             length=wanted.tokens,
             depth=wanted.depth,
         )
@@ -25,13 +31,7 @@ def make(wanted: Wanted) -> list[Sample]:
 
 def score(sample: Sample, completion: str) -> float:
     """1 if the first number of the completion is the pass key."""
-    digits = ""
-    for character in completion:
-        if character.isdecimal():
-            digits += character
-        elif digits:
-            break
-    return float(digits == sample.answers[0])
+    return float(first_number(completion) == sample.answers[0])
 
 
 TASK = Task(

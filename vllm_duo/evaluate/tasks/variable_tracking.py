@@ -23,14 +23,15 @@ def make(wanted: Wanted) -> list[Sample]:
     ]
     for pair in zip(*lines, strict=True):
         facts += wanted.rng.sample(pair, 2)  # each chain keeps its order
-    prompt = haystack(
+    start = f"The {HOPS} variables with the value {values[0]} are"
+    text = haystack(
         wanted,
         "This text assigns values to variables. Follow the assignments.",
         facts,
-        f"Which {HOPS} variables have the value {values[0]}? The {HOPS} variables with the value "
-        f"{values[0]} are",
+        f"Which {HOPS} variables have the value {values[0]}?",
+        start,
     )
-    return [Sample(prompt=prompt, answers=tuple(chains[0]), length=wanted.tokens)]
+    return [Sample(turns=(text,), start=start, answers=tuple(chains[0]), length=wanted.tokens)]
 
 
 TASK = Task(
