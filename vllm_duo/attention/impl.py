@@ -235,7 +235,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         if own != planned:
             raise NotImplementedError(
                 f"--attention-backend duo: layer {name} has a sliding window of {own or 'no'} tokens, "
-                f"expected {planned or 'none'} by sliding_window and layer_types of the model's config: "
+                f"expected {planned or 'none'} by sliding_window and layer_types in its config: "
                 "serve this model with vLLM's own attention backend"
             )
 

@@ -168,7 +168,7 @@ def _check_windows(model: str, longest: int) -> None:
     if windows != in_force(windows, longest + ROOM_TOKENS):
         raise ValueError(
             f"lengths: {describe(windows)} of the model's own, expected questions that are longer, got "
-            f"at most {longest} tokens: the window would hide nothing and the pattern would choose heads "
+            f"at most {longest} tokens: the window would hide nothing, and the pattern choose heads "
             "in these layers too; raise --lengths"
         )
 
