@@ -23,13 +23,18 @@ Kind = Literal["duo", "stock"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What of a model decides its KV cache; ``pattern`` is the shipped one made for it."""
+    """What of a model decides its KV cache; ``pattern`` is the shipped one made for it.
+
+    Layers for which ``slides`` is true have a sliding window of ``sliding_window`` tokens.
+    """
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_size: int
     pattern: str
+    sliding_window: int | None = None
+    slides: tuple[bool, ...] = ()
 
 
 SHAPES = {
@@ -74,6 +79,7 @@ def make_config(
                     "max_position_embeddings": max_model_len,
                     "vocab_size": 32_000,
                 }
+                | _window_keys(shape)
             )
         )
         return EngineArgs(
@@ -83,6 +89,14 @@ def make_config(
             max_model_len=max_model_len,
             **settings,
         ).create_engine_config()
+
+
+def _window_keys(shape: ModelShape) -> dict[str, Any]:
+    """What config.json says of sliding windows."""
+    if shape.sliding_window is None:
+        return {}
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in shape.slides]
+    return {"sliding_window": shape.sliding_window, "layer_types": kinds}
 
 
 def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec], Layout | None]:

@@ -55,23 +55,37 @@ class Oracle:
         sink_size: tokens.
         recent_size: tokens.
         form: of a quantised cache, whose numbers it computes with; None: keys and values as they are.
+        windows: per layer a sliding window of the model's own, in tokens, or None; its row of
+            ``retrieval`` is not read. Empty: no layer has one.
     """
 
     def __init__(
-        self, model: Path | str, retrieval, sink_size: int, recent_size: int, form=None
+        self,
+        model: Path | str,
+        retrieval,
+        sink_size: int,
+        recent_size: int,
+        form=None,
+        windows=(),
     ) -> None:
         self.model = _load(str(model))
         self.retrieval = np.asarray(retrieval, dtype=bool)
         self.sizes = (sink_size, recent_size)
         self.form = form
+        self.windows = windows or [None] * len(self.retrieval)
 
     @torch.inference_mode()
     def logprobs(self, token_ids) -> torch.Tensor:
         """[n, vocabulary] log-probabilities after each of the n tokens."""
-        for layer, retrieval in zip(self.model.model.layers, self.retrieval, strict=True):
-            layer.self_attn.duo_retrieval = retrieval
+        for layer, retrieval, window in zip(
+            self.model.model.layers, self.retrieval, self.windows, strict=True
+        ):
+            sizes = self.sizes if window is None else (0, window)
+            layer.self_attn.duo_retrieval = (
+                retrieval if window is None else np.zeros_like(retrieval)
+            )
             layer.self_attn.duo_form = self.form
-            layer.self_attn.duo_sink, layer.self_attn.duo_recent = self.sizes
+            layer.self_attn.duo_sink, layer.self_attn.duo_recent = sizes
         logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
         return logits.float().log_softmax(-1)
 

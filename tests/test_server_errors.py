@@ -21,6 +21,9 @@ from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo import support
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern
+from vllm_duo.model_facts import ModelFacts, model_refusals
+from vllm_duo.server_plan import resolve_plan
+from vllm_duo.windows import layer_windows
 
 PATTERN = "0.0\t1.0\n1.0\t0.25\n"  # 2 layers, 2 KV heads
 SIZES = {
@@ -41,6 +44,9 @@ def config_json(architecture: str, model_type: str, **settings) -> dict:
 LLAMA = config_json("LlamaForCausalLM", "llama")
 MISTRAL = config_json("MistralForCausalLM", "mistral", sliding_window=32)
 GEMMA_2 = config_json("Gemma2ForCausalLM", "gemma2", head_dim=16, sliding_window=32)
+GEMMA_3 = config_json(
+    "Gemma3ForCausalLM", "gemma3_text", head_dim=16, sliding_window=32, sliding_window_pattern=2
+)
 GEMMA_3N = config_json("Gemma3nForCausalLM", "gemma3n_text", head_dim=16, sliding_window=32)
 FULL = {"layer_types": ["full_attention", "full_attention"]}
 LLAMA_4 = config_json("Llama4ForCausalLM", "llama4_text", head_dim=16, num_local_experts=2)
@@ -57,17 +63,14 @@ ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 4, "max_source_positi
 DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "max_target_positions": 256}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 
-WINDOW = "the model's own sliding window (32 tokens)"
 HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
 REFUSED_MODELS = {
-    "sliding-window layers": (MISTRAL, WINDOW),
-    "soft-capped logits": (GEMMA_2, WINDOW, "soft-capped attention logits"),
+    "soft-capped logits": (GEMMA_2, "soft-capped attention logits"),
     "chunked local attention": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
     "ALiBi by model": (BLOOM, "ALiBi position biases"),
     "ALiBi by setting": (FALCON, "ALiBi position biases"),
     "learned attention sinks": (
         GPT_OSS | WINDOWED,
-        WINDOW,
         "learned attention sinks (these are logits, not sink tokens)",
     ),
     "multi-head latent attention (MLA)": (
@@ -86,7 +89,6 @@ REFUSED_MODELS = {
     ),
     "layers that share a KV cache": (
         GEMMA_3N | FULL | {"num_kv_shared_layers": 1},
-        WINDOW,
         "layers that share another layer's KV cache",
     ),
     "embeddings and pooling": (
@@ -252,6 +254,10 @@ def drafting(method, async_scheduling=False):
     )
 
 
+def facts_with(windows) -> ModelFacts:
+    return ModelFacts(name="model", num_layers=2, num_kv_heads=2, head_size=16, windows=windows)
+
+
 def reasons_of(serve, *args, **settings) -> list[str]:
     with pytest.raises(NotImplementedError, match="does not support this server") as caught:
         serve(*args, **settings)
@@ -304,6 +310,7 @@ class TestRefusals:
             (LLAMA, {"attention_backend": "CPU_ATTN"}, "the attention backend CPU_ATTN: all"),
             (LLAMA, {"kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's own"),
             (LLAMA | {"head_dim": 24}, {}, "the head size 24: supported are"),
+            (MISTRAL, {}, "the model's own sliding window (2 of 2 layers slide over 32 tokens): a"),
         ],
     )
     def test_draft_model(self, serve, tmp_path, config, drafts, reason):
@@ -346,15 +353,23 @@ class TestRefusals:
         assert reason.startswith("speculative decoding on a GPU: not tested yet")
 
     def test_every_reason_is_told_at_once(self, serve):
-        reasons = reasons_of(serve, MISTRAL, pipeline_parallel_size=2, kv_cache_dtype="nvfp4")
+        reasons = reasons_of(serve, FALCON, pipeline_parallel_size=2, kv_cache_dtype="nvfp4")
         assert [reason.split(":")[0] for reason in reasons] == [
-            WINDOW,
+            "ALiBi position biases",
             "--pipeline-parallel-size 2",
             "--kv-cache-dtype nvfp4",
         ]
 
     def test_they_come_before_a_missing_pattern(self, serve):
-        assert reasons_of(serve, MISTRAL, table=None) == [WINDOW]
+        assert reasons_of(serve, FALCON, table=None) == ["ALiBi position biases"]
+
+    @pytest.mark.refused("sliding windows of several sizes")
+    @pytest.mark.parametrize("window", [[32, 64], [32]])
+    def test_windows_of_several_sizes(self, window):
+        (reason,) = model_refusals(facts_with(layer_windows(2, window, None)))
+        assert reason == (
+            "the model's own sliding windows: their sizes are not known for every layer"
+        )
 
     # This vLLM knows one platform only, so other ones are stand-ins.
     @pytest.fixture
@@ -513,6 +528,44 @@ class TestGoodServers:
     )
     def test_window_that_is_not_in_use_is_none(self, serve, config):
         assert serve(config).attention_config.backend is AttentionBackendEnum.CUSTOM
+
+    def test_layers_that_slide_stream_and_the_settings_cut_the_others(self, serve, messages):
+        """Of the second layer's two heads one streams; the pattern's first row is not read."""
+        config = serve(GEMMA_3, duo={"sparsity": 0.5, "sink_size": 4}, enable_prefix_caching=False)
+        plan = resolve_plan(config)
+        assert plan.windows == (32, None)
+        assert plan.resolved.selection.retrieval.tolist() == [[False, False], [True, False]]
+        assert messages[0][1].endswith(
+            "sink 4 + recent 256 tokens; 1 of 2 layers slide over 32 tokens of the model's own, with "
+            "no sink"
+        )
+
+    def test_model_whose_layers_all_slide_needs_no_pattern(self, serve, messages):
+        config = serve(MISTRAL, table=None)
+        assert resolve_plan(config).windows == (32, 32)
+        assert messages[0][1] == (
+            "duo: 2 of 2 layers slide over 32 tokens of the model's own, so every head streams with "
+            "no sink and no pattern is used"
+        )
+
+    def test_settings_that_have_no_heads_to_choose(self, serve):
+        found = r"every layer of the model has a sliding window of its own \(32 tokens\).*"
+        with pytest.raises(ValueError, match=f"{found}got sparsity=0.5, recent_size=16: remove"):
+            serve(MISTRAL, duo={"sparsity": 0.5, "recent_size": 16})
+
+    @pytest.mark.parametrize(("longest", "windows"), [(32, ()), (33, (32, 32))])
+    def test_window_as_long_as_the_longest_request_hides_nothing(self, serve, longest, windows):
+        assert resolve_plan(serve(MISTRAL, max_model_len=longest)).windows == windows
+
+    def test_window_of_a_server_that_finds_its_longest_request(self, serve):
+        """What it comes to is known only when the layers' caches have been described."""
+        config = serve(MISTRAL, table=None, max_model_len=-1)
+        config.model_config.max_model_len = 20
+        assert resolve_plan(config).windows == (32, 32)
+
+    def test_regular_snapshots_are_no_closer_than_the_window(self, serve):
+        wide = MISTRAL | {"sliding_window": 2000, "max_position_embeddings": 4096}
+        assert resolve_plan(serve(wide)).resolved.snapshot_interval == 2000
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_every_dtype(self, serve, dtype):

@@ -38,7 +38,8 @@ SHOW_NOTHING = ("skip", "skipif", "xfail", "gpu")
 FEATURES: Mapping[str, Mapping[str, str]] = {
     "Models": {
         "Llama": "",
-        "Mistral": "without a window in use",
+        "Mistral": "",
+        "Gemma 3": "the text model; every layer that slides streams",
         "Qwen2": "",
         "Qwen3": "",
         "published head patterns": "found by the model's name",
@@ -48,7 +49,9 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "embeddings and pooling": "",
         "multimodal input": "",
         "encoder-decoder models": "cross-attention",
-        "sliding-window layers": "the model's own, as in Gemma 3 or older Mistral models",
+        "sliding-window layers": "the model's own, as in Gemma 3 or older Mistral models "
+        "([how](sliding-windows.md))",
+        "sliding windows of several sizes": "",
         "chunked local attention": "as in Llama 4",
         "learned attention sinks": "as in gpt-oss",
         "soft-capped logits": "as in Gemma 2",

@@ -13,6 +13,7 @@ from typing import Any
 from vllm_duo.kv_cache.ranks import PARTITION
 from vllm_duo.plugin import PLUGIN_GROUP, PLUGIN_NAME
 from vllm_duo.server_plan import make_plan
+from vllm_duo.windows import Windows
 
 ENVIRONMENT = ("VLLM_PLUGINS", PARTITION)
 """Variables of vLLM's that the plugin and its plan depend on."""
@@ -29,6 +30,7 @@ class Question:
         num_kv_heads: of one layer.
         tensor_parallel_size: ranks.
         pipeline_parallel_size: stages.
+        windows: the model's own sliding windows that are in force, by layer.
         environment: what vLLM's executor sends of the asking process's variables that count here.
         overwrites: whether it puts them in the place of the node's own.
     """
@@ -39,6 +41,7 @@ class Question:
     num_kv_heads: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    windows: Windows = ()
     environment: Mapping[str, str]
     overwrites: bool
 
@@ -50,6 +53,7 @@ def facts(
     num_kv_heads: int,
     tensor_parallel_size: int,
     pipeline_parallel_size: int,
+    windows: Windows = (),
 ) -> dict[str, str]:
     """What all nodes must have alike, by name; the arguments are those of ``make_plan``.
 
@@ -63,6 +67,7 @@ def facts(
         num_kv_heads,
         tensor_parallel_size,
         pipeline_parallel_size,
+        windows,
     )
     resolved = plan.resolved
     return {

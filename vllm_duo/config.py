@@ -17,6 +17,7 @@ from pydantic import (
 
 from vllm_duo.heads import HeadPattern, HeadSelection
 from vllm_duo.heads.folder import CONFIG_NAME
+from vllm_duo.windows import Windows
 
 SECTION = "duo"
 DEFAULT_SPARSITY = 0.5
@@ -75,7 +76,7 @@ class DuoConfig(BaseModel):
         sink_size: tokens at the start that streaming heads keep.
         recent_size: most recent tokens that streaming heads keep, the current one included.
         snapshot_interval: with prefix caching, tokens between the regular snapshots of streaming
-            heads, rounded up to whole blocks.
+            heads, rounded up to whole blocks. Not given, it is at least the model's own sliding window.
         balance: under tensor parallelism, whether every rank streams the same share of its heads; not
             together with `threshold`.
         retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
@@ -150,7 +151,12 @@ class ResolvedDuo:
     retrieval_prefill: RetrievalPrefill = "auto"
 
 
-def resolve(config: DuoConfig, pattern: HeadPattern, tensor_parallel_size: int = 1) -> ResolvedDuo:
+def resolve(
+    config: DuoConfig,
+    pattern: HeadPattern,
+    tensor_parallel_size: int = 1,
+    windows: Windows = (),
+) -> ResolvedDuo:
     """Apply the settings to a pattern: explicit, else the pattern's deploy_ sizes, else defaults.
 
     The `sink_size`, `recent_size`, `threshold` and `sparsity` in a published config.json are those
@@ -160,6 +166,8 @@ def resolve(config: DuoConfig, pattern: HeadPattern, tensor_parallel_size: int =
         config: the settings.
         pattern: the head pattern.
         tensor_parallel_size: ranks over which `balance` balances.
+        windows: the model's own sliding windows by layer. All heads of a layer with one stream; the
+            settings cut those of the other layers.
 
     Raises:
         ValueError: a deploy_ size in the pattern's config.json is not an allowed size, or the KV heads
@@ -173,15 +181,16 @@ def resolve(config: DuoConfig, pattern: HeadPattern, tensor_parallel_size: int =
     )
     cut: Literal["sparsity", "threshold"]
     cut_source: Source
+    layers = [index for index, window in enumerate(windows) if window is None] if windows else None
     if config.threshold is not None:
         cut, cut_value, cut_source = "threshold", config.threshold, "setting"
-        selection = pattern.select(threshold=cut_value)
+        selection = pattern.select(threshold=cut_value, layers=layers)
     else:
         cut_source = "default" if config.sparsity is None else "setting"
         cut_value = DEFAULT_SPARSITY if config.sparsity is None else config.sparsity
         cut = "sparsity"
         ranks = tensor_parallel_size if config.balance else 1
-        selection = pattern.select(sparsity=cut_value, balance_ranks=ranks)
+        selection = pattern.select(sparsity=cut_value, balance_ranks=ranks, layers=layers)
     return ResolvedDuo(
         selection=selection,
         sink_size=sink_size,
@@ -191,10 +200,55 @@ def resolve(config: DuoConfig, pattern: HeadPattern, tensor_parallel_size: int =
         cut_source=cut_source,
         sink_source=sink_source,
         recent_source=recent_source,
-        snapshot_interval=config.snapshot_interval,
+        snapshot_interval=_interval(config, windows),
         balance=config.balance,
         retrieval_prefill=config.retrieval_prefill,
     )
+
+
+def resolve_without_pattern(config: DuoConfig, windows: Windows, num_kv_heads: int) -> ResolvedDuo:
+    """The settings of a model whose layers all have a window of their own: every head streams.
+
+    Args:
+        config: the settings.
+        windows: of every layer.
+        num_kv_heads: of a layer.
+
+    Raises:
+        ValueError: settings are given that would choose heads, or how much they keep.
+    """
+    given = {
+        key: getattr(config, key)
+        for key in ("pattern", "sparsity", "threshold", "sink_size", "recent_size")
+        if getattr(config, key) is not None
+    }
+    if given:
+        raise ValueError(
+            f'"{SECTION}" in --additional-config: every layer of the model has a sliding window of its '
+            f"own ({max(filter(None, windows))} tokens), with which all heads stream: expected none of "
+            "the keys pattern, sparsity, threshold, sink_size and recent_size, got "
+            f"{', '.join(f'{key}={_shown(value)}' for key, value in given.items())}: remove them"
+        )
+    return ResolvedDuo(
+        selection=HeadPattern.uniform(len(windows), num_kv_heads, 0.0).select(sparsity=1.0),
+        sink_size=0,
+        recent_size=max(filter(None, windows)),
+        cut="sparsity",
+        cut_value=1.0,
+        cut_source="default",
+        sink_source="default",
+        recent_source="default",
+        snapshot_interval=_interval(config, windows),
+        balance=config.balance,
+        retrieval_prefill=config.retrieval_prefill,
+    )
+
+
+def _interval(config: DuoConfig, windows: Windows) -> int:
+    """Tokens between regular snapshots; by default no window is copied more often than once."""
+    if "snapshot_interval" in config.model_fields_set:
+        return config.snapshot_interval
+    return max(config.snapshot_interval, *filter(None, windows), 1)
 
 
 def _resolve_size(

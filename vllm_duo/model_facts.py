@@ -7,7 +7,9 @@ alone (``planning/checkpoint.py``); both ask ``model_refusals``. No vLLM, no tor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from vllm_duo.windows import Windows, describe
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Head sizes that the operators are tested with or that stock vLLM's CPU kernels also serve."""
@@ -27,7 +29,7 @@ class ModelFacts:
         is_encoder_decoder: the decoder attends to an encoder.
         has_other_layers: Mamba, linear attention or none at all in some layers.
         is_multimodal: takes more than text.
-        sliding_window: the model's own, in tokens.
+        windows: the model's own sliding windows, by layer; None: it has some, which are not known.
         attention_chunk_size: of chunked local attention, in tokens.
         soft_caps_logits: attention logits are soft-capped.
         uses_alibi: position biases.
@@ -47,7 +49,7 @@ class ModelFacts:
     is_encoder_decoder: bool = False
     has_other_layers: bool = False
     is_multimodal: bool = False
-    sliding_window: int | None = None
+    windows: Windows | None = ()
     attention_chunk_size: int | None = None
     soft_caps_logits: bool = False
     uses_alibi: bool = False
@@ -70,8 +72,8 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield "layers without attention (Mamba, linear attention and their like)"
     if model.is_multimodal:
         yield "multimodal input: not tested yet"
-    if model.sliding_window is not None:
-        yield f"the model's own sliding window ({model.sliding_window} tokens)"
+    if model.windows is None:
+        yield "the model's own sliding windows: their sizes are not known for every layer"
     if model.attention_chunk_size:
         yield f"chunked local attention ({model.attention_chunk_size} tokens)"
     if model.soft_caps_logits:
@@ -91,3 +93,18 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield f"the head size {model.head_size}: supported are {sizes}"
     if model.shares_caches:
         yield "layers that share another layer's KV cache"
+
+
+def draft_refusals(model: ModelFacts) -> Iterator[str]:
+    """Every reason why this model cannot draft for one that duo serves; none where it can.
+
+    Args:
+        model: its ``runner_type`` is not read: vLLM calls a drafting model's task "draft".
+    """
+    for reason in model_refusals(replace(model, runner_type="generate")):
+        yield f"the draft model: {reason}"
+    if model.windows:
+        yield (
+            f"the draft model: the model's own sliding window ({describe(model.windows)}): a draft "
+            "model's heads keep every token"
+        )

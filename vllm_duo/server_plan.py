@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_duo.config import SECTION, DuoConfig, ResolvedDuo, resolve
+from vllm_duo.config import SECTION, DuoConfig, ResolvedDuo, resolve, resolve_without_pattern
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, stage_sizes
 from vllm_duo.kv_cache.tensor_parallel import SplitCost, replan, split_cost
+from vllm_duo.windows import Windows, in_force, layer_windows, slides_throughout
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 BACKEND_PATH = "vllm_duo.attention.backend.DuoAttentionBackend"
 NO_DRAFTS = Drafts()
@@ -37,16 +38,18 @@ class ServerPlan:
     """The resolved settings and the memory layout of one server.
 
     Attributes:
-        pattern: the head pattern in use.
+        pattern: the head pattern in use; of a model whose layers all slide one that nothing is read of.
         resolved: the selected heads, sink and recent sizes.
         tensor_parallel_size: ranks that each layer's heads are split over.
         stage_sizes: layers of each pipeline stage; empty: one stage.
+        windows: the model's own sliding windows that are in force, by layer; empty: none.
     """
 
     pattern: HeadPattern
     resolved: ResolvedDuo
     tensor_parallel_size: int = 1
     stage_sizes: tuple[int, ...] = ()
+    windows: Windows = ()
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -90,6 +93,8 @@ class ServerPlan:
     @property
     def pattern_name(self) -> str:
         """The pattern's folder name, for logs."""
+        if slides_throughout(self.windows):
+            return "none"
         path = self.pattern.path
         return "in memory" if path is None else Path(path).resolve().name
 
@@ -133,6 +138,9 @@ class ServerPlan:
             sink_size=min(self.resolved.sink_size, max_model_len),
             recent_size=min(self.resolved.recent_size, max_model_len),
             draft_size=drafts.size,
+            windows=tuple(
+                None if window is None else min(window, max_model_len) for window in self.windows
+            ),
         )
 
     def split_costs(self, layout: Layout, num_tokens: int) -> tuple[SplitCost, SplitCost | None]:
@@ -151,7 +159,14 @@ class ServerPlan:
         cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens, stages)
         if ranks == 1 or resolved.balance or resolved.cut != "sparsity":
             return cost, None
-        selection = self.pattern.select(sparsity=resolved.cut_value, balance_ranks=ranks)
+        layers = [index for index, window in enumerate(self.windows) if window is None]
+        if self.windows and not layers:
+            return cost, None
+        selection = self.pattern.select(
+            sparsity=resolved.cut_value,
+            balance_ranks=ranks,
+            layers=layers if self.windows else None,
+        )
         mask = selection.retrieval.tolist()
         balanced = replan(layout, mask, ranks, self.stage_sizes or None)
         return cost, split_cost(balanced, mask, num_tokens, stages)
@@ -190,7 +205,26 @@ def resolve_plan(vllm_config: VllmConfig) -> ServerPlan:
         model.get_total_num_kv_heads(),
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.parallel_config.pipeline_parallel_size,
+        windows_of(model),
     )
+
+
+def windows_of(model: ModelConfig) -> Windows:
+    """The sliding windows of a model that hide something from a server's requests, by layer."""
+    num_layers, window = model.get_total_num_hidden_layers(), model.get_sliding_window()
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    return in_force(layer_windows(num_layers, window, kinds) or (), longest_request(model))
+
+
+def longest_request(model: ModelConfig) -> float:
+    """Tokens of the longest request, by which windows are in force or not.
+
+    ``--max-model-len auto`` shortens requests after the caches have been described, so there the length
+    counts that the model is made for.
+    """
+    if model.original_max_model_len == -1:
+        return float(model.model_arch_config.derived_max_model_len_and_key[0])
+    return float(model.max_model_len)
 
 
 def make_plan(
@@ -200,6 +234,7 @@ def make_plan(
     num_kv_heads: int,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    windows: Windows = (),
 ) -> ServerPlan:
     """The same from settings and a model's shape, as the command line has them.
 
@@ -213,14 +248,21 @@ def make_plan(
         num_kv_heads: KV heads of one layer, before any tensor-parallel split.
         tensor_parallel_size: ranks that these are split over.
         pipeline_parallel_size: stages that the layers are split over.
+        windows: the model's own sliding windows that are in force, by layer. Where every layer has
+            one, no pattern is looked for.
 
     Raises:
         ValueError: bad settings, no pattern, a pattern of another shape, or impossible stages.
     """
     config = DuoConfig.from_additional_config(additional_config)
-    pattern = find_pattern(config.pattern, model, num_layers, num_kv_heads)
-    resolved = resolve(config, pattern, tensor_parallel_size)
+    windows = tuple(windows)
+    if slides_throughout(windows):
+        pattern = HeadPattern.uniform(num_layers, num_kv_heads, 0.0)
+        resolved = resolve_without_pattern(config, windows, num_kv_heads)
+    else:
+        pattern = find_pattern(config.pattern, model, num_layers, num_kv_heads)
+        resolved = resolve(config, pattern, tensor_parallel_size, windows)
     stages: tuple[int, ...] = ()
     if pipeline_parallel_size > 1:
         stages = stage_sizes(num_layers, pipeline_parallel_size, os.environ.get(PARTITION))
-    return ServerPlan(pattern, resolved, tensor_parallel_size, stages)
+    return ServerPlan(pattern, resolved, tensor_parallel_size, stages, windows)

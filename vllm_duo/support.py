@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
 from vllm_duo.drafts import DRAFT_MODEL, DRAFTS_OF_TOKENS
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.ranks import split_problem
-from vllm_duo.model_facts import ModelFacts, model_refusals
+from vllm_duo.model_facts import ModelFacts, draft_refusals, model_refusals
+from vllm_duo.windows import layer_windows
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, ModelConfig, ParallelConfig, VllmConfig
@@ -104,10 +104,11 @@ def facts_of(model: ModelConfig) -> ModelFacts:
     def setting(name: str) -> Any:
         return getattr(text, name, None)
 
+    num_layers = model.get_total_num_hidden_layers()
     scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     return ModelFacts(
         name=model.model,
-        num_layers=model.get_total_num_hidden_layers(),
+        num_layers=num_layers,
         num_kv_heads=model.get_total_num_kv_heads(),
         head_size=model.get_head_size(),
         runner_type=model.runner_type,
@@ -115,7 +116,7 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         is_encoder_decoder=model.is_encoder_decoder,
         has_other_layers=model.is_hybrid or model.is_attention_free,
         is_multimodal=model.is_multimodal_model,
-        sliding_window=model.get_sliding_window(),
+        windows=layer_windows(num_layers, model.get_sliding_window(), setting("layer_types")),
         attention_chunk_size=setting("attention_chunk_size"),
         soft_caps_logits=bool(setting("attn_logit_softcapping") or setting("attn_logits_soft_cap")),
         uses_alibi=bool(model.uses_alibi),
@@ -259,10 +260,7 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
         parallel.pipeline_parallel_size,
         vllm_config.cache_config.cache_dtype,
     )
-    # vLLM calls a drafting model's task "draft".
-    facts = replace(facts_of(speculation.draft_model_config), runner_type="generate")
-    for reason in model_refusals(facts):
-        yield f"the draft model: {reason}"
+    yield from draft_refusals(facts_of(speculation.draft_model_config))
     if speculation.parallel_drafting:
         yield "the draft model: drafting in parallel is not tested"
     backend = vllm_config.attention_config.backend

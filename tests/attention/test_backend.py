@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,7 +49,6 @@ def test_vllms_wrapped_layers_are_refused():
     ("arguments", "reason"),
     [
         ({"alibi_slopes": [0.5]}, "ALiBi slopes"),
-        ({"sliding_window": 32}, "a sliding window"),
         ({"logits_soft_cap": 30.0}, "soft-capped logits"),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "attention type"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "another layer's KV cache"),
@@ -59,6 +59,35 @@ def test_vllms_wrapped_layers_are_refused():
 def test_layer_features_are_refused_before_weights_load(config, arguments, reason):
     with pytest.raises(NotImplementedError, match=reason):
         make_layer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("planned", "own", "message"),
+    [
+        ((), 32, "a sliding window of 32 tokens, expected none"),
+        ((16, None), 32, "a sliding window of 32 tokens, expected 16"),
+        ((None, 16), 32, "a sliding window of 32 tokens, expected none"),
+        ((16, None), None, "a sliding window of no tokens, expected 16"),
+    ],
+)
+def test_window_that_the_config_does_not_tell_is_refused(config, planned, own, message):
+    config.model_config = SimpleNamespace(original_max_model_len=64, max_model_len=64)
+    layer = make_layer(sliding_window=own)
+    plan = replace(specs.plan_of(config), windows=planned)
+    with pytest.raises(NotImplementedError, match=message):
+        layer._check_window(plan, "model.layers.0.attn", 0)
+
+
+@pytest.mark.parametrize("own", [None, 0, 64, 4096])
+def test_window_that_hides_nothing_is_none(config, own):
+    config.model_config = SimpleNamespace(original_max_model_len=64, max_model_len=64)
+    make_layer(sliding_window=own)._check_window(specs.plan_of(config), "model.layers.0.attn", 0)
+
+
+def test_draft_models_window_is_refused(config, monkeypatch):
+    monkeypatch.setattr(impl, "is_draft_model", lambda _: True)
+    with pytest.raises(NotImplementedError, match="a draft model with a sliding window"):
+        make_layer(sliding_window=32)
 
 
 def test_layer_with_other_kv_heads_is_refused_before_weights_load(config):

@@ -160,8 +160,8 @@ def test_no_pattern_is_told_as_the_server_does(run, model):
 
 
 def test_model_that_the_server_refuses(run, tmp_path):
-    model = write_model(tmp_path, 32, 32, 8, 4096, model_type="mistral", sliding_window=4096)
+    model = write_model(tmp_path, 32, 32, 8, 4096, attn_logit_softcapping=50.0)
     code, _, stderr = run("plan", model, "--pattern", PATTERN, "--kv-cache-gib", "40")
     assert code == 2
     assert "does not support this server:" in stderr
-    assert "- the model's own sliding window (4096 tokens)" in stderr
+    assert "- soft-capped attention logits" in stderr

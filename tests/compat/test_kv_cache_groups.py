@@ -63,6 +63,14 @@ def test_groups_are_the_planned_bins(heads, block_size):
 
 
 @pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("window", [40, 1000])
+def test_groups_of_a_model_with_windows_of_its_own(window, block_size):
+    heads = ((0, 2, 0, 3, 0), (4, 2, 4, 1, 4))
+    windows = (window, None, window, None, window)
+    check_groups(layout_of(*heads, block_size=block_size, windows=windows))
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("name", list_shipped())
 def test_groups_of_a_shipped_pattern(name, sparsity, block_size):

@@ -29,6 +29,10 @@ def server(tmp_path):
                 model="any",
                 get_total_num_hidden_layers=lambda: 4,
                 get_total_num_kv_heads=lambda: 2,
+                get_sliding_window=lambda: None,
+                hf_text_config=SimpleNamespace(),
+                original_max_model_len=None,
+                max_model_len=256,
             ),
             parallel_config=SimpleNamespace(
                 tensor_parallel_size=2, pipeline_parallel_size=1, placement_group="group"

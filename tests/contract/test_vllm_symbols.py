@@ -119,7 +119,16 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             members("attention_config", "additional_config", "model_config"),
         ),
         ("vllm.config:AttentionConfig", members("backend", "backend_per_kind")),
-        ("vllm.config:ModelConfig", members("model", "dtype")),
+        ("vllm.config:ModelConfig", members("model", "dtype", "hf_text_config", "max_model_len")),
+        (
+            "vllm.config:ModelConfig",
+            sets("original_max_model_len", "model_arch_config", by="__post_init__"),
+        ),
+        ("vllm.config:ModelConfig.get_sliding_window", None),
+        (
+            "vllm.config.model_arch:ModelArchitectureConfig",
+            members("derived_max_model_len_and_key"),
+        ),
         ("vllm.config:ModelConfig.get_total_num_hidden_layers", None),
         ("vllm.config:ModelConfig.get_total_num_kv_heads", None),
     ],

@@ -216,3 +216,39 @@ class TestSelection:
             "retrieval mask: expected a bool array [layers, KV heads] with at least one head, "
             f"got {mask.dtype} {list(mask.shape)}: pass one flag per KV head"
         )
+
+
+class TestSomeLayers:
+    """Layers that the pattern does not choose in: all of their heads stream."""
+
+    VALUES = np.array([[1.0, 1.0], [0.2, 0.9], [1.0, 1.0], [0.8, 0.1]])
+
+    def test_share_is_of_the_layers_that_are_cut(self):
+        selection = HeadPattern(self.VALUES).select(sparsity=0.5, layers=[1, 3])
+        assert selection.retrieval.tolist() == [
+            [False, False],
+            [False, True],
+            [False, False],
+            [True, False],
+        ]
+        assert selection.sparsity == 0.75
+
+    def test_threshold(self):
+        selection = HeadPattern(self.VALUES).select(threshold=0.85, layers=[0, 1])
+        assert selection.retrieval.tolist() == [
+            [True, True],
+            [False, True],
+            [False] * 2,
+            [False] * 2,
+        ]
+
+    def test_all_layers_are_as_none_named(self):
+        pattern = HeadPattern(self.VALUES)
+        assert pattern.select(sparsity=0.5, layers=range(4)) == pattern.select(sparsity=0.5)
+
+    def test_balanced(self):
+        selection = HeadPattern(self.VALUES).select(sparsity=0.5, balance_ranks=2, layers=[1, 3])
+        assert selection.retrieval[[1, 3]].sum(0).tolist() == [1, 1]
+
+    def test_no_layer(self):
+        assert HeadPattern(self.VALUES).select(sparsity=0.0, layers=[]).sparsity == 1.0

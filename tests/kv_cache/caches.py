@@ -34,6 +34,7 @@ def layout_of(
     sink_size: int = 16,
     recent_size: int = 32,
     draft_token_bytes: int = 0,
+    windows: tuple[int | None, ...] = (),
 ) -> Layout:
     """The planned layout of heads by layer, in float32."""
     shape = KVShape(
@@ -43,7 +44,13 @@ def layout_of(
         dtype_bytes=4,
         draft_token_bytes=draft_token_bytes,
     )
-    return plan_layout(shape, block_size=block_size, sink_size=sink_size, recent_size=recent_size)
+    return plan_layout(
+        shape,
+        block_size=block_size,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        windows=windows,
+    )
 
 
 def two_bins(*, sink_size: int = 16, recent_size: int = 32) -> Layout:
@@ -70,16 +77,16 @@ def specs_of(layout: Layout) -> dict[str, RetrievalSpec | StreamingSpec]:
                 dtype=torch.float32,
             )
         if streaming:
+            span = layout.span_of(layout.bin_of(layer))
             specs[name + SUFFIX if retrieval else name] = StreamingSpec(
                 block_size=layout.block_size,
-                slots_per_block=layout.span.block_size,
+                slots_per_block=span.block_size,
                 num_kv_heads=streaming,
                 head_size=HEAD_SIZE,
                 dtype=torch.float32,
-                sink_size=layout.span.sink_size,
-                recent_size=layout.span.recent_size,
+                sink_size=span.sink_size,
+                recent_size=span.recent_size,
                 bin=layout.bin_of(layer),
-                num_bins=len(layout.bins),
             )
     return specs
 

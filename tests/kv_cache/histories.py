@@ -146,6 +146,7 @@ class History:
             tables = self.engine.manager.get_block_ids(request.request_id)
             tokens = request.num_computed_tokens
             least, most = self._blocks(tokens), self._blocks(tokens + self.layout.span.draft_size)
+            assert len(tables) == len(least)
             for table, low, high in zip(tables, least, most, strict=True):
                 # Blocks that were claimed for drafts stay when these are rejected.
                 assert low <= len(table) <= high, (request.request_id, tokens)
@@ -153,4 +154,4 @@ class History:
     def _blocks(self, tokens: int) -> list[int]:
         """Blocks of each group for a request of so many tokens."""
         paged = [cdiv(tokens, self.layout.block_size)] * self.layout.has_retrieval
-        return paged + [self.layout.span.blocks(tokens)] * len(self.layout.bins)
+        return paged + [span.blocks(tokens) for span in self.layout.spans]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -22,6 +24,8 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": False}),  # qkv bias
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"use_sliding_window": False}),  # q/k norm
+    # q/k norm, more norms, its own RoPE for the layers that slide: all but every second one.
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window_pattern": 2}),
 }
 VOCABULARY = 512
 LAYERS = 3
@@ -35,10 +39,18 @@ class Shape:
     group: int = 2  # query heads per KV head
     head_size: int = 32
     kv_heads: int = 2
+    window: int | None = None  # of the model's own, in tokens
 
     @property
     def name(self) -> str:
-        return f"{self.family}-g{self.group}-d{self.head_size}-k{self.kv_heads}"
+        slides = f"-w{self.window}" * (self.window is not None)
+        return f"{self.family}-g{self.group}-d{self.head_size}-k{self.kv_heads}{slides}"
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Of each layer."""
+        slides = [self.family != "gemma3" or layer % 2 == 0 for layer in range(LAYERS)]
+        return [self.window if own else None for own in slides]
 
 
 def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
@@ -47,6 +59,10 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
     heads = shape.group * shape.kv_heads
     # vLLM's Qwen2 derives the head size from the hidden size.
     hidden = heads * shape.head_size if shape.family == "qwen2" else 128
+    if shape.window is not None:
+        extra = extra | {"sliding_window": shape.window}
+    if shape.family == "gemma3":
+        extra = extra | {"query_pre_attn_scalar": shape.head_size}
     torch.manual_seed(seed)
     model = model_class(
         config_class(
@@ -79,6 +95,10 @@ def make_model(shape: Shape, folder: Path, seed: int = 0) -> Path:
                 # The norm undoes the projections' scale: sharpen here instead.
                 attention.q_norm.weight.fill_(2.0)
                 attention.k_norm.weight.fill_(2.0)
+            if shape.family == "gemma3":
+                # Likewise; its norms multiply by one more than their weight.
+                attention.q_norm.weight.fill_(1.0)
+                attention.k_norm.weight.fill_(1.0)
     target = folder / shape.name
     model.save_pretrained(target)
     return target

@@ -23,7 +23,9 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gemma": "GemmaForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 REQUIRED = {
     "hidden_size": 2048,
     "intermediate_size": 128,
@@ -56,6 +58,9 @@ def vllm_config(folder: str):
         {"num_key_value_heads": 4},
         {"head_dim": 96},
         {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 0},
+        {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
+        {"sliding_window": 64, "use_sliding_window": True, "layer_types": MIXED},
+        {"sliding_window": 64, "sliding_window_pattern": 2},
         {"sliding_window": None},
         {"dtype": "float16"},
     ],

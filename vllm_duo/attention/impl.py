@@ -31,7 +31,9 @@ from vllm_duo.logging import get_logger
 from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.layer import attend_and_write
+from vllm_duo.server_plan import longest_request
 from vllm_duo.support import CACHE_DTYPES
+from vllm_duo.windows import in_force
 
 if TYPE_CHECKING:
     from vllm_duo.server_plan import ServerPlan
@@ -63,7 +65,6 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
     ) -> None:
         unsupported = {
             "ALiBi slopes": alibi_slopes is not None,
-            "a sliding window": sliding_window is not None,
             "soft-capped logits": bool(logits_soft_cap),
             f"attention type {attn_type}": attn_type != AttentionType.DECODER,
             "another layer's KV cache": kv_sharing_target_layer_name is not None,
@@ -86,6 +87,13 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.vllm_config = get_current_vllm_config()
         # A draft model has heads of its own, all of which keep every token.
         self.drafts = is_draft_model(self.vllm_config)
+        # vLLM's name; 0 where the model has switched it off.
+        self.sliding_window = sliding_window or None
+        if self.drafts and sliding_window:
+            raise NotImplementedError(
+                "--attention-backend duo does not support a draft model with a sliding window, got "
+                f"one of {sliding_window} tokens: use another draft model"
+            )
         if not self.drafts:
             self._check_heads(plan_of(self.vllm_config))
         self.layer_name: str | None = None
@@ -113,6 +121,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             self._keep_all(name, layer, device)
             return
         plan = plan_of(self.vllm_config)
+        self._check_window(plan, name, index)
         rank = own_rank(plan)
         heads = HeadMap.from_mask(plan.retrieval_mask(index, rank), device)
         retrieval = partial(retrieval_spec, layer, len(heads.retrieval))
@@ -213,6 +222,22 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             f"{plan.resolved.selection.num_kv_heads}{split}: use a pattern made for this checkpoint "
             "(pattern=...); models whose layers differ in their KV heads are not supported"
         )
+
+    def _check_window(self, plan: ServerPlan, name: str, index: int) -> None:
+        """Hold the layer's own sliding window against what the plan has read from the model's config.
+
+        Raises:
+            NotImplementedError: they differ: the model's code goes by other keys than the usual ones.
+        """
+        planned = plan.windows[index] if plan.windows else None
+        longest = longest_request(self.vllm_config.model_config)
+        (own,) = in_force((self.sliding_window,), longest) or (None,)
+        if own != planned:
+            raise NotImplementedError(
+                f"--attention-backend duo: layer {name} has a sliding window of {own or 'no'} tokens, "
+                f"expected {planned or 'none'} by sliding_window and layer_types in its config: "
+                "serve this model with vLLM's own attention backend"
+            )
 
     def _caches(
         self, layer: torch.nn.Module, kv_cache: torch.Tensor, own: DuoMetadata

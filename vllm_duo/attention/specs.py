@@ -93,19 +93,19 @@ def unused_spec(
 def _spec_of_bin(
     layer: CachedLayer, bin_index: int, heads: int, layout: Layout, vllm_config: VllmConfig
 ) -> StreamingSpec:
+    span = layout.span_of(bin_index)
     return StreamingSpec(
         block_size=vllm_config.cache_config.block_size,
-        slots_per_block=layout.span.block_size,
+        slots_per_block=span.block_size,
         num_kv_heads=heads,
         head_size=layer.head_size,
         dtype=layer.kv_cache_torch_dtype,
         **_quantised(layer),
-        sink_size=layout.span.sink_size,
-        recent_size=layout.span.recent_size,
-        draft_size=layout.span.draft_size,
+        sink_size=span.sink_size,
+        recent_size=span.recent_size,
+        draft_size=span.draft_size,
         lookahead_size=vllm_config.num_lookahead_tokens,
         bin=bin_index,
-        num_bins=len(layout.bins),
         snapshot_interval=plan_of(vllm_config).resolved.snapshot_interval,
         max_step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )

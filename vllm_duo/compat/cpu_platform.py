@@ -18,6 +18,7 @@ from vllm_duo.drafts import Drafts, draft_model_of, is_draft_model
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
 from vllm_duo.support import check_supported, known_limits
+from vllm_duo.windows import describe, slides_throughout
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -95,9 +96,16 @@ def prepare_server(vllm_config: VllmConfig) -> None:
 def _log_plan(plan: ServerPlan, drafts: Drafts) -> None:
     """Say which heads stream; ``pool_report`` says what fits once the pool is known."""
     resolved = plan.resolved
+    if slides_throughout(plan.windows):
+        logger.info(
+            "duo: %s of the model's own, so every head streams with no sink and no pattern is used%s",
+            describe(plan.windows),
+            f"; {drafts.size} slots for drafts" if drafts.size else "",
+        )
+        return
     logger.info(
         "duo: pattern %s, %s %g (%s): %d of %d KV heads stream (%.1f %%), mask %s, "
-        "sink %d + recent %d tokens%s",
+        "sink %d + recent %d tokens%s%s",
         plan.pattern_name,
         resolved.cut,
         resolved.cut_value,
@@ -109,4 +117,5 @@ def _log_plan(plan: ServerPlan, drafts: Drafts) -> None:
         resolved.sink_size,
         resolved.recent_size,
         f" and {drafts.size} slots for drafts" if drafts.size else "",
+        f"; {describe(plan.windows)} of the model's own, with no sink" if plan.windows else "",
     )

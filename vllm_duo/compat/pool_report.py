@@ -68,20 +68,19 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     from vllm_duo.kv_cache.spec import StreamingSpec
     from vllm_duo.server_plan import resolve_plan
 
-    spec = next(
-        (
-            spec
-            for group in kv_cache_config.kv_cache_groups
-            for spec in iter_layer_specs(group.kv_cache_spec)
-            if isinstance(spec, StreamingSpec)
-        ),
-        None,
-    )
-    if spec is None:
+    specs = [
+        spec
+        for group in kv_cache_config.kv_cache_groups
+        for spec in iter_layer_specs(group.kv_cache_spec)
+        if isinstance(spec, StreamingSpec)
+    ]
+    if not specs:
         return None
+    spec = specs[0]
     plan = resolve_plan(vllm_config)
     # --max-model-len auto shortens it after the specs were made, which may have been cut to it.
-    longest = max(vllm_config.model_config.max_model_len, spec.sink_size, spec.recent_size)
+    sizes = [size for each in specs for size in (each.sink_size, each.recent_size)]
+    longest = max(vllm_config.model_config.max_model_len, *sizes)
     layout = plan.layout(
         head_size=spec.head_size,
         dtype_bytes=spec.dtype.itemsize,
@@ -130,14 +129,14 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig, rank: int = 0) 
 def _report(plan: ServerPlan, layout: Layout, num_blocks: int, max_model_len: int) -> None:
     capacity = Capacity(layout=layout, num_blocks=num_blocks)
     logger.info(
-        "duo: KV cache: pattern %s, sparsity %.4g, mask %s; blocks of %d retrieval and %d streaming "
+        "duo: KV cache: pattern %s, sparsity %.4g, mask %s; blocks of %d retrieval and %s streaming "
         "tokens in %d bin(s), %d bytes; waste %.1f %% at %d tokens; %d blocks hold %d tokens in %.2f "
         "requests of %d tokens, %.2f x stock",
         plan.pattern_name,
         plan.resolved.selection.sparsity,
         plan.resolved.selection.mask_hash,
         layout.block_size,
-        layout.span.block_size,
+        " and ".join(str(size) for size in dict.fromkeys(s.block_size for s in layout.spans)),
         len(layout.bins),
         layout.block_bytes,
         100 * layout.waste(max_model_len),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_duo.cluster import ENVIRONMENT, Question, facts, make_probe, payload, problem_of
 from vllm_duo.logging import get_logger
-from vllm_duo.server_plan import is_duo
+from vllm_duo.server_plan import is_duo, windows_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -112,6 +112,7 @@ def question_of(vllm_config: VllmConfig, *, overwrites: bool) -> Question:
         num_kv_heads=model.get_total_num_kv_heads(),
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        windows=windows_of(model),
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         overwrites=overwrites,
     )

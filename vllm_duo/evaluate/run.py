@@ -22,6 +22,7 @@ from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import read_checkpoint
 from vllm_duo.server_plan import make_plan
 from vllm_duo.support import refuse
+from vllm_duo.windows import describe, in_force
 
 FULL = "full"
 ROOM_TOKENS = 16
@@ -129,6 +130,7 @@ def _jobs(
         for q in turn
     ]
     longest = max([*counted, *settings.lengths])
+    _check_windows(settings.model, longest)
     for name, sparsity in _engines(settings).items():
         selection = {"selection": None if sparsity is None else selections[sparsity]}
         if asked or questions.texts:
@@ -147,10 +149,15 @@ def selection_of(settings: EvalSettings, sparsity: float) -> dict[str, Any]:
         ValueError: no such model or pattern, or one of another shape.
         NotImplementedError: duo cannot serve the model.
     """
-    facts = read_checkpoint(settings.model).facts
+    checkpoint = read_checkpoint(settings.model)
+    facts = checkpoint.facts
     refuse(list(model_refusals(facts)))
     plan = make_plan(
-        {SECTION: settings.duo(sparsity)}, settings.model, facts.num_layers, facts.num_kv_heads
+        {SECTION: settings.duo(sparsity)},
+        settings.model,
+        facts.num_layers,
+        facts.num_kv_heads,
+        windows=in_force(facts.windows or (), checkpoint.max_model_len or float("inf")),
     )
     return {
         "pattern": plan.pattern_name,
@@ -158,6 +165,22 @@ def selection_of(settings: EvalSettings, sparsity: float) -> dict[str, Any]:
         "sink_size": plan.resolved.sink_size,
         "recent_size": plan.resolved.recent_size,
     }
+
+
+def _check_windows(model: str, longest: int) -> None:
+    """Refuse questions so short that a window of the model's own, in force for longer ones, is not.
+
+    Raises:
+        ValueError: the server of these questions would split the heads of other layers.
+    """
+    checkpoint = read_checkpoint(model)
+    windows = in_force(checkpoint.facts.windows or (), checkpoint.max_model_len or float("inf"))
+    if windows != in_force(windows, longest + ROOM_TOKENS):
+        raise ValueError(
+            f"lengths: {describe(windows)} of the model's own, expected questions that are longer, got "
+            f"at most {longest} tokens: the window would hide nothing, and the pattern choose heads "
+            "in these layers too; raise --lengths"
+        )
 
 
 def _engines(settings: EvalSettings) -> dict[str, float | None]:

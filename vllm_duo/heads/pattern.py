@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import struct
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from numbers import Real
@@ -158,6 +159,7 @@ class HeadPattern:
         sparsity: float | None = None,
         threshold: float | None = None,
         balance_ranks: int = 1,
+        layers: Sequence[int] | None = None,
     ) -> HeadSelection:
         """Cut the heads into retrieval and streaming; pass exactly one of the two settings.
 
@@ -175,11 +177,21 @@ class HeadPattern:
                 rank's own heads are cut as above, so that all ranks stream the same share and none
                 holds more memory than another. 1 (the default) cuts all heads together. With more
                 ranks than KV heads, which vLLM then copies, every head of a layer is its own part.
+            layers: the layers whose heads are cut, as if they were all; every head of the others
+                streams. None: all layers.
 
         Raises:
             ValueError: neither or both are given, or one is not a number in [0, 1];
                 `balance_ranks` comes with a threshold or does not divide the KV heads (nor they it).
         """
+        if layers is not None and len(layers) < self.num_layers:
+            retrieval = np.zeros(self.values.shape, dtype=np.bool_)
+            if layers:
+                part = HeadPattern(self.values[list(layers)])
+                retrieval[list(layers)] = part.select(
+                    sparsity=sparsity, threshold=threshold, balance_ranks=balance_ranks
+                ).retrieval
+            return HeadSelection(retrieval)
         clipped = np.clip(self.values, 0.0, 1.0)
         if sparsity is not None and threshold is None:
             _check_share("sparsity", sparsity)

@@ -4,18 +4,23 @@ Terms (see ``docs/design.md``): ``R`` retrieval and ``S`` streaming KV heads
 of a layer, ``P_r`` and ``P_s`` tokens per block of each class, ``D`` head size. One pool serves
 both classes, so a block has the bytes of the widest group of layers. The streaming layers are split
 into bins, one block table each, and ``P_s`` is what fills a block with a bin's heads.
+
+Layers with a sliding window of the model's own stream as a whole, with no sink and the window as the
+recent part. They have bins of their own, whose ``P_s`` may differ.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
+from vllm_duo.kv_cache.joint_search import Kind, Pool, search
 from vllm_duo.kv_cache.packing import Bins, least_capacity, spread_ranks
 from vllm_duo.kv_cache.ranks import own_heads, split_problem
+from vllm_duo.windows import Windows
 
 DEFAULT_REFERENCE_TOKENS = 32_768
 """Request length, in tokens, at which ``plan_layout`` compares the candidates."""
@@ -26,6 +31,10 @@ HELD_TOLERANCE = 0.0025
 Streaming bytes do not grow with the request, so a share of 0.25 % at 32,768 tokens is at most 2 %
 at 4,096: the waste there stays within its 3 % with room for the rounding to whole blocks.
 """
+
+WINDOW_TOLERANCE = 0.01
+"""The same for models with sliding-window layers of their own: they have more bins to begin with, each
+costs time in every step, and a window is a large part of what a request of theirs holds."""
 
 MAX_BINS = 16
 """Most bins of a layout. Each is a KV cache group that the scheduler and the workers walk through
@@ -271,9 +280,11 @@ class Layout:
     Attributes:
         ranks: the KV heads that are laid out, by rank (``KVShape.split``).
         block_size: tokens per retrieval block (``P_r``, vLLM's ``--block-size``).
-        span: what streaming heads keep, and ``P_s``.
+        span: what the pattern's streaming heads keep, and ``P_s``.
         bins: per bin, the indices of the layers whose streaming heads share its block table.
         block_bytes: bytes of one pool block, that of the widest group on any rank.
+        windows: per layer its own sliding window, in tokens, or None; empty: no layer has one.
+        bin_spans: with ``windows``, what each bin's heads keep, and its ``P_s``; empty: ``span``.
     """
 
     ranks: tuple[KVShape, ...]
@@ -281,6 +292,8 @@ class Layout:
     span: StreamingSpan
     bins: Bins
     block_bytes: int
+    windows: Windows = ()
+    bin_spans: tuple[StreamingSpan, ...] = ()
 
     @property
     def shape(self) -> KVShape:
@@ -316,6 +329,30 @@ class Layout:
                 return index
         raise KeyError(f"layer {layer} has no streaming heads")
 
+    def span_of(self, index: int) -> StreamingSpan:
+        """What the heads of a bin keep, and in which blocks."""
+        return self.bin_spans[index] if self.bin_spans else self.span
+
+    @cached_property
+    def spans(self) -> tuple[StreamingSpan, ...]:
+        """``span_of`` each bin."""
+        return self.bin_spans or (self.span,) * len(self.bins)
+
+    def streaming_blocks(self, num_tokens: int) -> int:
+        """Streaming blocks that a request of ``num_tokens`` tokens holds in all bins.
+
+        Worked example: a bin with sink 64 and recent 256 in blocks of 128 tokens, and one of a model's
+        own window of 1,024 tokens in blocks of 100: 3 + 11 = 14 blocks from 1,001 tokens on.
+        """
+        if not self.bin_spans:
+            return len(self.bins) * self.span.blocks(num_tokens)
+        return sum(span.blocks(num_tokens) for span in self.bin_spans)
+
+    @cached_property
+    def most_slots(self) -> int:
+        """Slots of the longest run of any bin, in tokens: beyond them no bin grows."""
+        return max((span.slots for span in self.bin_spans), default=self.span.slots)
+
     def blocks(self, num_tokens: int) -> int:
         """Pool blocks that a request of ``num_tokens`` tokens holds, both classes.
 
@@ -323,7 +360,7 @@ class Layout:
         32,768 tokens hold 256 retrieval blocks and ceil(320 / 128) = 3 streaming blocks, 259 in all.
         """
         retrieval = cdiv(num_tokens, self.block_size) if self.has_retrieval else 0
-        return retrieval + len(self.bins) * self.span.blocks(num_tokens)
+        return retrieval + self.streaming_blocks(num_tokens)
 
     def held_bytes(self, num_tokens: int) -> int:
         """Bytes of the blocks that a request of ``num_tokens`` tokens holds."""
@@ -389,10 +426,27 @@ class Layout:
         if self.has_retrieval:
             rest = cdiv(num_tokens, self.block_size) * self.block_size - num_tokens
             growing += rest * rank.paged_token_bytes
-        if num_tokens < self.span.slots:
-            rest = self.span.blocks(num_tokens) * self.span.block_size - num_tokens
-            growing += rest * rank.num_streaming * rank.token_bytes
+        for span, heads in self._runs(rank):
+            if num_tokens < span.slots:
+                rest = span.blocks(num_tokens) * span.block_size - num_tokens
+                growing += rest * heads * rank.token_bytes
         return growing
+
+    def _runs(self, rank: KVShape) -> tuple[tuple[StreamingSpan, int], ...]:
+        """Each kind of run and the streaming heads of a rank that have it."""
+        if not self.bin_spans:
+            return ((self.span, rank.num_streaming),)
+        return self._runs_by_rank[rank]
+
+    @cached_property
+    def _runs_by_rank(self) -> dict[KVShape, tuple[tuple[StreamingSpan, int], ...]]:
+        runs = {}
+        for rank in self.ranks:
+            heads = dict.fromkeys(self.bin_spans, 0)
+            for layers, span in zip(self.bins, self.bin_spans, strict=True):
+                heads[span] += sum(rank.streaming_heads[layer] for layer in layers)
+            runs[rank] = tuple(heads.items())
+        return runs
 
     def num_blocks(self, pool_bytes: int) -> int:
         """Blocks of a pool, vLLM's null block among them.
@@ -411,9 +465,9 @@ class Layout:
         vLLM's; 6 hold 2 streaming and 4 retrieval blocks, so 64 tokens.
         """
         usable = num_blocks - 1
-        if not self.has_retrieval and self.blocks(self.span.slots) <= usable:
+        if not self.has_retrieval and self.blocks(self.most_slots) <= usable:
             return ANY_LENGTH
-        fits, too_long = 0, max(usable, 0) * self.block_size + self.span.slots + 1
+        fits, too_long = 0, max(usable, 0) * self.block_size + self.most_slots + 1
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
             if self.blocks(middle) <= usable:
@@ -426,24 +480,39 @@ class Layout:
     def full_attention(self) -> Layout:
         """What stock vLLM makes of the same heads: all of them paged, in blocks of ``P_r`` tokens.
 
-        A draft model's heads are paged either way.
+        A draft model's heads are paged either way. Layers with a sliding window of their own keep that
+        window and no more, in the best layout there is for it: what the window saves is the model's
+        merit, not duo's. (Stock vLLM itself holds more: while it computes a prompt, a chunk as well.)
 
         Worked example: ``layout.full_attention.max_request_tokens(num_blocks)`` is stock's longest
         request in as many blocks of its own size.
         """
+        slides = [window is not None for window in self.windows]
+        slides = slides or [False] * len(self.ranks[0].streaming_heads)
         ranks = tuple(
-            KVShape(
+            replace(
+                rank,
                 retrieval_heads=tuple(
-                    r + s for r, s in zip(rank.retrieval_heads, rank.streaming_heads, strict=True)
+                    r if own else r + s
+                    for r, s, own in zip(
+                        rank.retrieval_heads, rank.streaming_heads, slides, strict=True
+                    )
                 ),
-                streaming_heads=(0,) * len(rank.streaming_heads),
-                head_size=rank.head_size,
-                dtype_bytes=rank.dtype_bytes,
-                row_bytes=rank.row_bytes,
-                draft_token_bytes=rank.draft_token_bytes,
+                streaming_heads=tuple(
+                    s if own else 0 for s, own in zip(rank.streaming_heads, slides, strict=True)
+                ),
             )
             for rank in self.ranks
         )
+        if any(slides):
+            return plan_layout(
+                ranks,
+                block_size=self.block_size,
+                sink_size=self.span.sink_size,
+                recent_size=self.span.recent_size,
+                draft_size=self.span.draft_size,
+                windows=self.windows,
+            )
         return Layout(
             ranks=ranks,
             block_size=self.block_size,
@@ -460,10 +529,18 @@ class Layout:
         """Bytes that stock vLLM holds for a request over those held here."""
         return self.full_attention_bytes(num_tokens) / self.held_bytes(num_tokens)
 
+    def constant_bytes(self, rank: KVShape) -> int:
+        """Bytes that a request must keep however long it is: the streaming heads' tokens.
+
+        Worked example: S = 5 heads in all, sink 64, recent 256, D = 128, 2 bytes: 5 * 320 * 512 =
+        819,200 bytes.
+        """
+        kept = sum((span.sink_size + span.recent_size) * n for span, n in self._runs(rank))
+        return kept * rank.token_bytes
+
     def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:
-        kept = self.span.kept_tokens(num_tokens)
-        streaming = rank.num_streaming * kept * rank.token_bytes
-        return rank.paged_token_bytes * num_tokens + streaming
+        kept = sum(span.kept_tokens(num_tokens) * heads for span, heads in self._runs(rank))
+        return rank.paged_token_bytes * num_tokens + kept * rank.token_bytes
 
 
 def plan_layout(
@@ -473,6 +550,7 @@ def plan_layout(
     sink_size: int,
     recent_size: int,
     draft_size: int = 0,
+    windows: Sequence[int | None] = (),
     reference_tokens: int = DEFAULT_REFERENCE_TOKENS,
 ) -> Layout:
     """Choose ``P_s`` and the bins so that a request holds few bytes in few bins.
@@ -484,7 +562,8 @@ def plan_layout(
     R = 1 and ``P_r`` = 1: a block then holds one token, of either class. Ranks with unequal numbers
     of heads of a class cannot be promised it and do without. Of those within ``HELD_TOLERANCE`` of
     the least bytes at ``reference_tokens``, that with the fewest bins is chosen, then with the
-    least bytes, then with the largest ``P_s``.
+    least bytes, then with the largest ``P_s``. Where layers have windows of their own, every bin's
+    heads keep the same, ``P_s`` is chosen for each kind of bin, and stock stands for all heads paged.
 
     Args:
         shape: KV heads by class; of each rank (``KVShape.split``) where there are several.
@@ -492,11 +571,14 @@ def plan_layout(
         sink_size: sink tokens of the streaming heads.
         recent_size: recent tokens of the streaming heads.
         draft_size: speculative tokens that may be rolled back.
+        windows: per layer its own sliding window, in tokens, or None; all heads of a layer with one
+            are among ``streaming_heads``. Empty: no layer has one.
         reference_tokens: request length to compare at, in tokens: pass max-model-len if that is
             shorter.
 
     Raises:
-        ValueError: no heads at all, no ranks, ranks of different models, or an impossible size.
+        ValueError: no heads at all, no ranks, ranks of different models, an impossible size, or a
+            layer with a window and retrieval heads.
 
     Worked example: R = 64 and S = 192 heads, 16 tokens a block, sink 64, recent 256. A block is
     64 * 16 = 1,024 tokens of a head and the run 192 * 320 = 60 blocks' worth. One bin has
@@ -506,27 +588,114 @@ def plan_layout(
     """
     ranks = (shape,) if isinstance(shape, KVShape) else tuple(shape)
     _check_ranks(ranks)
-    slots = StreamingSpan(
+    span = StreamingSpan(
         sink_size=sink_size, recent_size=recent_size, draft_size=draft_size, block_size=1
-    ).slots
+    )
     if block_size < 1 or reference_tokens < 1:
         raise ValueError(
             f"expected a block_size and reference_tokens of at least 1 token, got {block_size} and "
             f"{reference_tokens}"
         )
-    choice = _Search(ranks, block_size, slots, reference_tokens).best()
+    windows = tuple(windows)
+    if any(window is not None for window in windows):
+        return _plan_with_windows(ranks, block_size, span, windows, reference_tokens)
+    choice = _Search(ranks, block_size, span.slots, reference_tokens).best()
     return Layout(
         ranks=ranks,
         block_size=block_size,
-        span=StreamingSpan(
-            sink_size=sink_size,
-            recent_size=recent_size,
-            draft_size=draft_size,
-            block_size=choice.streaming_block,
-        ),
+        span=replace(span, block_size=choice.streaming_block),
         bins=choice.bins,
         block_bytes=choice.block_bytes,
     )
+
+
+def _plan_with_windows(
+    ranks: tuple[KVShape, ...],
+    block_size: int,
+    span: StreamingSpan,
+    windows: Windows,
+    reference_tokens: int,
+) -> Layout:
+    """``plan_layout`` of a model whose layers have windows of their own.
+
+    Args:
+        ranks: as there.
+        block_size: as there.
+        span: what the pattern's streaming heads keep; its ``block_size`` is not read.
+        windows: one entry per layer.
+        reference_tokens: as there.
+    """
+    _check_windows(ranks, windows)
+    kept = [
+        span if window is None else replace(span, sink_size=0, recent_size=window)
+        for window in windows
+    ]
+    kinds: dict[StreamingSpan, Kind] = {}
+    for kind in dict.fromkeys([span, *kept]):
+        widths = tuple(
+            tuple(
+                heads if own == kind else 0
+                for heads, own in zip(rank.streaming_heads, kept, strict=True)
+            )
+            for rank in ranks
+        )
+        if any(map(any, widths)):
+            kinds[kind] = Kind(kind.slots, widths)
+    head_bytes = ranks[0].token_bytes
+    paged = max(rank.paged_token_bytes for rank in ranks)
+    streaming = max(rank.num_streaming for rank in ranks) * head_bytes
+    loads = {
+        (rank.num_retrieval, *(sum(kind.widths[index]) for kind in kinds.values()))
+        for index, rank in enumerate(ranks)
+    }
+    choice = search(
+        list(kinds.values()),
+        Pool(
+            head_bytes=head_bytes,
+            paged_bytes=paged * block_size,
+            stock_bytes=(paged + streaming) * block_size,
+            block_size=block_size,
+            reference_tokens=reference_tokens,
+            tolerance=WINDOW_TOLERANCE,
+            max_bins=MAX_BINS,
+            bounded=len(loads) == 1,
+        ),
+    )
+    sizes = {kind: packed.streaming_block for kind, packed in zip(kinds, choice.kinds, strict=True)}
+    bins = [
+        (layers, replace(kind, block_size=sizes[kind]))
+        for kind, packed in zip(kinds, choice.kinds, strict=True)
+        for layers in packed.bins
+    ]
+    bins.sort(key=lambda item: item[0])
+    return Layout(
+        ranks=ranks,
+        block_size=block_size,
+        # Without heads of the pattern's that stream, its blocks are of no consequence.
+        span=replace(span, block_size=sizes.get(span, 1)),
+        bins=tuple(layers for layers, _ in bins),
+        block_bytes=choice.block_bytes,
+        windows=windows,
+        bin_spans=tuple(own for _, own in bins),
+    )
+
+
+def _check_windows(ranks: tuple[KVShape, ...], windows: Windows) -> None:
+    num_layers = len(ranks[0].streaming_heads)
+    if len(windows) != num_layers:
+        raise ValueError(
+            f"windows: expected one entry for each of {num_layers} layers, got {len(windows)}"
+        )
+    both = [
+        layer
+        for layer, window in enumerate(windows)
+        if window is not None and any(rank.retrieval_heads[layer] for rank in ranks)
+    ]
+    if both:
+        raise ValueError(
+            f"layers {both} have a sliding window of their own and retrieval heads: expected that all "
+            "of their heads stream"
+        )
 
 
 def _check_ranks(ranks: tuple[KVShape, ...]) -> None:

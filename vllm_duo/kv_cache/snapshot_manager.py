@@ -30,10 +30,23 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
 
+    from vllm_duo.kv_cache.allocator import RingAllocator
     from vllm_duo.kv_cache.spec import StreamingSpec
 
 ANSWER_INTERVAL = 64
 """Tokens between the snapshots of an answer, rounded up to whole blocks."""
+
+
+RINGS = "duo_rings"
+"""Attribute of vLLM's ``BlockPool``: the ring allocators that share it, one of each bin."""
+
+
+def join_rings(pool: BlockPool, allocator: RingAllocator) -> list[RingAllocator]:
+    """Add a bin's allocator to those of the pool; the list grows until all managers are made."""
+    rings: list[RingAllocator] = getattr(pool, RINGS, [])
+    setattr(pool, RINGS, rings)
+    rings.append(allocator)
+    return rings
 
 
 class SnapshotManager(RingManager):
@@ -49,10 +62,10 @@ class SnapshotManager(RingManager):
         self.bin = spec.bin
         # Blocks that the running requests of a step may still claim: one for each started block of
         # its tokens, one more a request and those for its draft model, and what their rings miss (in
-        # every bin).
+        # every bin: bins of layers with a window of their own have other rings).
         self._step_blocks = cdiv(spec.max_step_tokens, self.block_size)
         self._request_blocks = 1 + cdiv(spec.lookahead_size, self.block_size)
-        self._num_bins = spec.num_bins
+        self._rings = join_rings(self.block_pool, self.allocator)
         self._orders: list[SnapshotOrder] = []
         self._late: list[tuple[Request, int, Reason]] = []
         # By request: the snapshots that it has resumed at and stored, ascending.
@@ -162,7 +175,7 @@ class SnapshotManager(RingManager):
         if idle < len(blocks):
             return False
         pages = cdiv(self._admitted_tokens - num_tokens, self.block_size)
-        rings = self._num_bins * self.allocator.missing_blocks(request_id, self._admitted_tokens)
+        rings = sum(ring.missing_blocks(request_id, self._admitted_tokens) for ring in self._rings)
         return bool(self.block_pool.get_num_free_blocks() < idle + pages + rings)
 
     def cache_blocks(
@@ -253,7 +266,7 @@ class SnapshotManager(RingManager):
 
     def _reserve(self) -> int:
         """Free blocks that the step's running requests may still need, at most."""
-        rings = self._num_bins * self.allocator.growing_blocks()
+        rings = sum(ring.growing_blocks() for ring in self._rings)
         return self._step_blocks + len(self.allocator.tables) * self._request_blocks + rings
 
     def _order(

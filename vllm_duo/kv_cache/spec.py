@@ -34,12 +34,11 @@ class StreamingSpec(AttentionSpec):
 
     Attributes:
         slots_per_block: tokens of a streaming block (``P_s``).
-        sink_size: first tokens that stay, in tokens.
-        recent_size: most recent tokens that stay, in tokens.
+        sink_size: first tokens that stay, in tokens; 0 in a layer with a sliding window of its own.
+        recent_size: most recent tokens that stay, in tokens; that window, in such a layer.
         draft_size: speculative tokens that may be rolled back, in tokens.
         lookahead_size: tokens beyond a step's own for which a draft model needs blocks.
         bin: streaming layers of one bin share a block table.
-        num_bins: bins of the server.
         snapshot_interval: with prefix caching, the state is kept at multiples of so many tokens, and
             where a later request is likely to resume.
         max_step_tokens: tokens of a step at most (vLLM's ``--max-num-batched-tokens``): no snapshot
@@ -53,7 +52,6 @@ class StreamingSpec(AttentionSpec):
     draft_size: int = 0
     lookahead_size: int = 0
     bin: int = 0
-    num_bins: int = 1
     snapshot_interval: int = 1024
     max_step_tokens: int = 2048
 

@@ -73,7 +73,7 @@ def rank_block_bytes(layout: Layout, rank: int) -> int:
     """
     groups, own = rank_caches(layout, rank).groups, layout.ranks[rank]
     widths = [sum(group.values()) * own.token_bytes for group in groups]
-    tokens = [layout.span.block_size] * len(layout.bins)
+    tokens = [span.block_size for span in layout.spans]
     if layout.has_retrieval:
         widths[0] += own.draft_token_bytes
         tokens.insert(0, layout.block_size)
@@ -182,6 +182,7 @@ def replan(
         sink_size=span.sink_size,
         recent_size=span.recent_size,
         draft_size=span.draft_size,
+        windows=layout.windows,
     )
 
 

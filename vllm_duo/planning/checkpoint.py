@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, ValidationError
 
 from vllm_duo.model_facts import ModelFacts
+from vllm_duo.windows import SLIDING, Windows, layer_windows
 
 CONFIG_NAME = "config.json"
 
@@ -30,11 +31,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
     "phi3": {},
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
+    "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
 }
 """Per model type, what transformers takes where config.json leaves a key out."""
 
 WINDOW_ONLY_IF_USED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 """Model types whose sliding window counts only with ``use_sliding_window``, which is off by default."""
+
+LAYER_KINDS: dict[str, Callable[[Mapping[str, Any]], Callable[[int], bool]]] = {
+    "qwen2": lambda text: lambda index: index >= text.get("max_window_layers", 28),
+    "qwen3": lambda text: lambda index: index >= text.get("max_window_layers", 28),
+    "qwen2_moe": lambda text: (
+        lambda index: index % 2 == 0 and index < text.get("max_window_layers", 28)
+    ),
+    "gemma3_text": lambda text: (
+        lambda index: (index + 1) % text.get("sliding_window_pattern", 6) > 0
+    ),
+}
+"""Per model type, whether a layer slides where config.json does not list ``layer_types``."""
 
 NAMES = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -217,7 +231,7 @@ class _Reader:
             or any(kind in OTHER_LAYER_TYPES for kind in layer_types),
             is_multimodal=self.model_type == "whisper"
             or any(key in self.config for key in OTHER_SENSES),
-            sliding_window=self.sliding_window(),
+            windows=self.windows(),
             attention_chunk_size=self.text.get("attention_chunk_size"),
             soft_caps_logits=any(self.text.get(key) for key in caps)
             or (self.model_type == "gemma2" and caps[0] not in self.text),
@@ -242,13 +256,22 @@ class _Reader:
         size = self.figure("head_dim", 0)
         return size if size else self.figure("hidden_size") // heads
 
-    def sliding_window(self) -> int | None:
-        """The window in force; 0 and null mean none."""
+    def windows(self) -> Windows | None:
+        """The sliding windows by layer; a size of 0 or null means none."""
         default = DEFAULTS.get(self.model_type, {}).get("sliding_window")
         window = self.text.get("sliding_window", default)
         if self.model_type in WINDOW_ONLY_IF_USED and not self.text.get("use_sliding_window"):
-            return None
-        return int(window) if window else None
+            window = None
+        num_layers = self.figure("num_hidden_layers")
+        return layer_windows(num_layers, window, self.layer_types(num_layers))
+
+    def layer_types(self, num_layers: int) -> list[str] | None:
+        """The kind of each layer, where config.json or its model type tells layers apart."""
+        kinds: list[str] | None = self.text.get("layer_types")
+        if kinds is not None or self.model_type not in LAYER_KINDS:
+            return kinds
+        slides = LAYER_KINDS[self.model_type](self.text)
+        return [SLIDING if slides(index) else "full_attention" for index in range(num_layers)]
 
     def max_model_len(self) -> int | None:
         """As vLLM derives it, unless a RoPE scaling other than Llama 3's stretches it."""

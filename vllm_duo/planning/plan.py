@@ -11,11 +11,12 @@ from vllm_duo.drafts import Drafts
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.layout import Layout
-from vllm_duo.model_facts import model_refusals
+from vllm_duo.model_facts import draft_refusals, model_refusals
 from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
 from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
 from vllm_duo.server_plan import ServerPlan, make_plan
 from vllm_duo.support import cache_dtype_refusal, draft_model_refusals, refuse
+from vllm_duo.windows import describe, in_force, slides_throughout
 
 DTYPES = {"half": "float16", "float": "float32"} | {
     name: name for name in ("float16", "bfloat16", "float32")
@@ -78,6 +79,8 @@ def plan_memory(request: PlanRequest) -> Plan:
     checkpoint = read_checkpoint(request.model)
     facts = checkpoint.facts
     refuse(list(model_refusals(facts)))
+    # As the server, which cannot know yet what "auto" will come to.
+    longest = _model_length(request, checkpoint)
     server = make_plan(
         {SECTION: request.duo},
         facts.name,
@@ -85,10 +88,10 @@ def plan_memory(request: PlanRequest) -> Plan:
         facts.num_kv_heads,
         request.tensor_parallel_size,
         request.pipeline_parallel_size,
+        in_force(facts.windows or (), longest),
     )
     dtype = _dtype(request, checkpoint)
     form = FORMATS.get(request.kv_cache_dtype)
-    longest = _model_length(request, checkpoint)
     drafts = _drafts(request, dtype)
     layout = server.layout(
         head_size=facts.head_size,
@@ -110,7 +113,14 @@ def plan_memory(request: PlanRequest) -> Plan:
         **dict(duo),
         settings=_settings(request, checkpoint, server, dtype, longest),
         streaming_block_size=layout.span.block_size,
-        streaming_blocks_per_request=len(layout.bins) * layout.span.max_blocks,
+        window_block_sizes=sorted(
+            {
+                layout.span_of(index).block_size
+                for index, layers in enumerate(layout.bins)
+                if server.windows and server.windows[layers[0]] is not None
+            }
+        ),
+        streaming_blocks_per_request=layout.streaming_blocks(layout.most_slots),
         num_bins=len(layout.bins),
         times_full_attention=_ratio(duo.concurrent_requests, full.concurrent_requests),
         times_unquantised_full_attention=_ratio(duo.concurrent_requests, unquantised),
@@ -118,6 +128,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         full=full,
         notes=[
             *_notes(request, checkpoint, dtype, duo, longest),
+            *_window_notes(server),
             *([cost.describe(balanced)] if server.num_ranks > 1 else []),
         ],
     )
@@ -166,7 +177,7 @@ def _drafts(request: PlanRequest, dtype: str) -> Drafts:
     if request.draft_model is None:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
-    reasons = [f"the draft model: {reason}" for reason in model_refusals(facts)]
+    reasons = draft_refusals(facts)
     ranks, stages = request.tensor_parallel_size, request.pipeline_parallel_size
     refuse([*reasons, *draft_model_refusals(ranks, stages, request.kv_cache_dtype)])
     heads = facts.num_layers * facts.num_kv_heads
@@ -223,12 +234,11 @@ def _doubles(longest: int) -> Iterator[int]:
 def _memory(layout: Layout, pool_bytes: int, longest: int, lengths: Sequence[int]) -> MemoryPlan:
     capacity = Capacity.of_bytes(layout, pool_bytes)
     rank = layout.neediest_rank(longest)
-    kept = layout.span.sink_size + layout.span.recent_size
     return MemoryPlan(
         concurrent_requests=capacity.concurrent_requests(longest),
         tokens_that_fit=capacity.tokens_that_fit(longest),
         bytes_per_token=rank.paged_token_bytes,
-        constant_bytes_per_request=rank.num_streaming * kept * rank.token_bytes,
+        constant_bytes_per_request=layout.constant_bytes(rank),
         waste=layout.waste(longest),
         block_bytes=layout.block_bytes,
         num_blocks=capacity.num_blocks,
@@ -261,6 +271,8 @@ def _settings(
         cut_value=resolved.cut_value,
         sink_size=resolved.sink_size,
         recent_size=resolved.recent_size,
+        sliding_layers=sum(window is not None for window in server.windows),
+        sliding_window=max(filter(None, server.windows), default=None),
         num_layers=checkpoint.facts.num_layers,
         num_kv_heads=checkpoint.facts.num_kv_heads,
         head_size=checkpoint.facts.head_size,
@@ -297,3 +309,14 @@ def _notes(
             f"the pool does not hold one request of {longest} tokens, so the server would not start: "
             f"the longest that fits has {duo.longest_request_tokens or 0} tokens"
         )
+
+
+def _window_notes(server: ServerPlan) -> Iterator[str]:
+    if not server.windows:
+        return
+    if slides_throughout(server.windows):
+        yield "no head is left for a pattern to choose: duo holds what the model itself keeps"
+    yield (
+        f"{describe(server.windows)}: their heads stream with that window and no sink, and full "
+        "attention stands for stock vLLM keeping no more than the window there"
+    )

@@ -60,6 +60,10 @@ class PlanSettings(_Frozen):
     cut_value: float = Field(description="its value")
     sink_size: int = Field(description="tokens")
     recent_size: int = Field(description="tokens")
+    sliding_layers: int = Field(
+        default=0, description="layers with a sliding window of their own that hides something"
+    )
+    sliding_window: int | None = Field(default=None, description="its tokens; null: none")
     num_layers: int
     num_kv_heads: int = Field(description="of one layer, over all ranks")
     head_size: int
@@ -85,6 +89,10 @@ class Plan(MemoryPlan):
     schema_version: Literal[1] = 1
     settings: PlanSettings
     streaming_block_size: int = Field(description="tokens of a streaming block")
+    window_block_sizes: list[int] = Field(
+        default=[],
+        description="tokens of a block of the layers with a sliding window of their own; empty: none",
+    )
     streaming_blocks_per_request: int = Field(description="most that a request holds, all bins")
     num_bins: int = Field(description="groups of layers whose streaming heads share a block table")
     times_full_attention: float | None = Field(
