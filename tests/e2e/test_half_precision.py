@@ -24,8 +24,8 @@ MASKS = {name: mask_of(name, SHAPE.kv_heads) for name in ("retrieval", "mixed")}
 PROMPTS = prompts_of([1, 40, 130, 300], seed=40)
 NEW_TOKENS = 24
 DTYPES = [
-    pytest.param(name, id=name, marks=pytest.mark.feature(f"{name}, whole models"))
-    for name in ("bfloat16", "float16")
+    pytest.param(name, id=name, marks=[pytest.mark.feature(f"{name}, whole models"), *marks])
+    for name, marks in {"bfloat16": [], "float16": [pytest.mark.slow]}.items()
 ]
 
 

@@ -65,6 +65,7 @@ def test_all_heads_streaming_loses_the_key(tmp_path):
     assert max(found.values()) <= 0.10, found
 
 
+@pytest.mark.slow
 def test_top_quarter_streaming_loses_the_key(tmp_path, top_quarter_streams):
     settings = duo(pattern=str(top_quarter_streams), sparsity=0.25)
     found = measure(tmp_path / "log", settings, 20, lengths=(512, 1024), hidden=True)
