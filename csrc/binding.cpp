@@ -251,9 +251,9 @@ void check_activations(const View& key, const View& value, const Heads& heads, c
              text(batch.num_tokens));
     }
     const int64_t head_size = key.shape(2);
-    if (head_size == 0 || head_size % 16 || head_size > 512) {
-        fail("the head size must be a multiple of 16 up to 512 for the CPU kernels, got " +
-             text(head_size));
+    if (head_size == 0 || head_size % 16 || head_size > MAX_HEAD_SIZE) {
+        fail("the head size must be a multiple of 16 up to " + text(MAX_HEAD_SIZE) +
+             " for the CPU kernels, got " + text(head_size));
     }
 }
 

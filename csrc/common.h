@@ -12,6 +12,8 @@
 
 namespace duo {
 
+constexpr int MAX_HEAD_SIZE = 512;
+
 // Of activations the first three; of caches all. `scaled`: of each token and head, the keys' and
 // the values' scale stand behind them as two floats.
 enum class Dtype : int { f32, bf16, f16, e4m3, e5m2, scaled_e4m3, scaled_i8, scaled_i4 };

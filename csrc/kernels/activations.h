@@ -8,11 +8,18 @@
 namespace duo {
 namespace {
 
-constexpr int MAX_HEAD_SIZE = 512;
-
 // Address of a row of a tensor, whatever its dtype.
 DUO_INLINE char* row_address(const Rows& rows, Dtype dtype, int64_t token, int64_t head) {
     return rows.data + element_bytes(dtype) * (token * rows.token_stride + head * rows.head_stride);
+}
+
+// Of the query heads of one KV head, token after token from `first_token` on, the row number `row`
+// of queries or outputs. `head`: the KV head's index in its class.
+DUO_INLINE char* query_address(const LayerStep& step, const Rows& rows, const HeadClass& heads,
+                               int head, int64_t first_token, int row) {
+    const int64_t first_head = int64_t{heads.heads[head]} * step.group;
+    return row_address(rows, step.activations, first_token + row / step.group,
+                       first_head + row % step.group);
 }
 
 // Calls work(pointer to the row's dtype) for activations beside quantised caches, whose chunks have

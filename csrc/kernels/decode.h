@@ -188,15 +188,6 @@ struct TileScales {
     float value[TILE];
 };
 
-template <typename T>
-DUO_INLINE void load_tile_scales(const KeyBlock<T, TILE>& tile, int64_t bytes, TileScales& scales) {
-    for (int k = 0; k < TILE; ++k) {
-        const Scales own = load_scales(tile.value[k], bytes);
-        scales.key[k] = own.key;
-        scales.value[k] = own.value;
-    }
-}
-
 DUO_INLINE void scale_scores(const TileScales& scales, DecodeRows& rows) {
     for (int r = 0; r < rows.rows; ++r) {
         float* score = rows.score + r * TILE;
@@ -279,10 +270,8 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     rows.max = whole ? rows.sum + rows.rows * LANES : item.partial;
     rows.values = whole ? rows.max + rows.rows : item.partial + 2 * rows.rows;
 
-    const int64_t kv_head = heads.heads[item.head];
     const auto address = [&](const Rows& tensor, int r) {
-        return row_address(tensor, step.activations, request.first_token + r / step.group,
-                           kv_head * step.group + r % step.group);
+        return query_address(step, tensor, heads, item.head, request.first_token, r);
     };
     constexpr float log2e = 1.44269504088896340736f;
     for (int r = 0; r < rows.rows; ++r) {
@@ -318,7 +307,8 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
             }
         });
         if (scaled) {
-            load_tile_scales(tile, number_bytes(step.dtype, step.head_size), scales);
+            load_scales(tile, TILE, number_bytes(step.dtype, step.head_size), scales.key,
+                        scales.value);
             scale_scores(scales, rows);
         }
         hide_keys(heads, request, step.group, tile, rows);
@@ -370,10 +360,9 @@ void merge_items(const LayerStep& step, const Item* items, int count) {
                 store(values + d, before + load(from + d) * weight);
             }
         }
-        const int64_t token = request.first_token + r / step.group;
-        const int64_t head = heads.heads[items->head] * int64_t{step.group} + r % step.group;
-        store_activations<T>(values, chunks, step.value_scale * UNIT<T> / sum, step,
-                             row_address(step.output, step.activations, token, head));
+        store_activations<T>(
+            values, chunks, step.value_scale * UNIT<T> / sum, step,
+            query_address(step, step.output, heads, items->head, request.first_token, r));
     }
 }
 

@@ -119,6 +119,17 @@ DUO_INLINE Scales load_scales(const void* value, int64_t bytes) {
     return scales;
 }
 
+// Those of the first `count` tokens of a block, to arrays of their own.
+template <typename T, int Size>
+DUO_INLINE void load_scales(const KeyBlock<T, Size>& block, int count, int64_t bytes, float* key,
+                            float* value) {
+    for (int k = 0; k < count; ++k) {
+        const Scales own = load_scales(block.value[k], bytes);
+        key[k] = own.key;
+        value[k] = own.value;
+    }
+}
+
 // The rule.
 DUO_INLINE bool sees(const HeadClass& heads, int64_t position, int64_t key) {
     return key <= position && (!heads.is_ring || key < heads.sink || key > position - heads.recent);

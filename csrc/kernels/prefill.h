@@ -130,10 +130,9 @@ struct PrefillItem : PrefillFloats {
         const int64_t panel_floats = int64_t{TILE_KEYS} * PANEL;
         float scales[2][TILE_KEYS] = {};
         const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
-        for (int k = 0; scaled && k < keys.count; ++k) {
-            const Scales own = load_scales(keys.value[k], number_bytes(step.dtype, step.head_size));
-            scales[0][k] = own.key;
-            scales[1][k] = own.value;
+        if (scaled) {
+            load_scales(keys, keys.count, number_bytes(step.dtype, step.head_size), scales[0],
+                        scales[1]);
         }
         for (int p = 0; p * PANEL < keys.count; ++p) {
             pack_key_panel(keys.key + p * PANEL, keys.count - p * PANEL, chunks,

@@ -46,9 +46,8 @@ struct PrefillRows {
     int64_t position(int row) const { return request.context + first_token + row / step.group; }
 
     char* address(const Rows& tensor, int row) const {
-        const int64_t token = request.first_token + first_token + row / step.group;
-        const int64_t head = heads.heads[source.head] * int64_t{step.group} + row % step.group;
-        return row_address(tensor, step.activations, token, head);
+        return query_address(step, tensor, heads, source.head, request.first_token + first_token,
+                             row);
     }
 
     // What the rows first ... last see, together, of a tile of `count` keys from position `begin`
