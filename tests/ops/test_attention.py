@@ -46,7 +46,8 @@ def assert_rule_holds(sequences, mask, sink_size, recent_size, scale):
     """Compare with float64; the bound is twice the error of the same maths in float32.
 
     The operators compute in float32 for every narrower dtype and round once at the end, so that
-    rounding (half a unit in the last place) is added.
+    rounding is added: a unit in the last place, where half a one is due. Prefill in bf16 products
+    rounds the weights too, each by half a unit at most: that is the other half.
     """
     for s in sequences:
         exact = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale)

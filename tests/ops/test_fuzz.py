@@ -2,78 +2,38 @@
 
 from __future__ import annotations
 
-import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tests.ops.oracle import MEMORY_LAYOUTS, Store
+from tests.ops.oracle import Store
+from tests.ops.random_steps import cases, serve_case
 from tests.ops.test_attention import assert_rule_holds, make_sequences, serve
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    mask=st.lists(st.booleans(), min_size=1, max_size=3),
-    group=st.integers(1, 16),
-    head_size=st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]),
-    block=st.sampled_from([8, 16, 24, 128]),
-    ring_block=st.sampled_from([1, 7, 8, 13, 128]),
-    sink=st.integers(0, 500),
-    recent=st.integers(1, 500),
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    longest=st.sampled_from([1, 9, 40, 300]),
-    layouts=st.tuples(*[st.sampled_from(MEMORY_LAYOUTS)] * 4),
-    one_call=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_random_shapes(
-    mask,
-    group,
-    head_size,
-    block,
-    ring_block,
-    sink,
-    recent,
-    lengths,
-    dtype,
-    longest,
-    layouts,
-    one_call,
-    seed,
-):
-    """Sinks and spans that cross everything; half of the steps leave some requests empty."""
-    rng = np.random.default_rng(seed)
+@given(case=cases(longest_span=500))
+def test_random_shapes(case):
+    sequences, scale = serve_case(case)
+    assert_rule_holds(sequences, case["mask"], case["sink"], case["recent"], scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_requests_are_split_and_merged(dtype):
+    """More keys than one item of the work queue holds, more rows and more tiles of keys."""
     store = Store(
-        mask,
-        head_size,
-        requests=len(lengths),
-        max_tokens=300,
-        block_size=block,
-        streaming_block_size=ring_block,
-        sink_size=sink,
-        recent_size=recent,
-        dtype=dtype,
-        seed=seed,
+        [True, False], 64, requests=2, max_tokens=1700, recent_size=700, dtype=dtype, seed=30
     )
-    sequences = make_sequences(lengths, len(mask), group, head_size, dtype, seed)
-    # All but the last tokens come in long chunks, so that every length of a chunk takes part.
-    serve(
-        store,
-        sequences,
-        lambda left: min(left, int(rng.integers(0, (longest if left < 40 else 120) + 1))),
-        head_size**-0.5,
-        decode_up_to=8,
-        layouts=layouts,
-        one_call=one_call,
-    )
-    assert_rule_holds(sequences, mask, sink, recent, head_size**-0.5)
+    sequences = make_sequences([1700, 1100], 2, 3, 64, dtype, seed=31)
+    serve(store, sequences, lambda left: min(left, 1 if left <= 10 else min(left - 10, 650)), 0.125)
+    assert_rule_holds(sequences, [True, False], 20, 700, 0.125)
     store.assert_guards()
 
 
-def test_long_requests_are_split_and_merged():
-    """More keys than one item of the work queue holds."""
-    store = Store([True, False], 64, requests=2, max_tokens=1700, recent_size=700, seed=30)
-    sequences = make_sequences([1700, 1100], 2, 3, 64, torch.float32, seed=31)
-    serve(store, sequences, lambda left: min(left, 1 if left <= 10 else min(left - 10, 650)), 0.125)
-    assert_rule_holds(sequences, [True, False], 20, 700, 0.125)
+@pytest.mark.parametrize("scale", [-0.125, 0.0])
+def test_a_scale_may_turn_scores_around(scale):
+    """Or make them all alike: whoever compares scores before they are scaled has to know."""
+    store = Store([True, False], 64, requests=1, max_tokens=200, dtype=torch.bfloat16, seed=32)
+    sequences = make_sequences([200], 2, 2, 64, torch.bfloat16, seed=33)
+    serve(store, sequences, lambda left: min(left, 90), scale)
+    assert_rule_holds(sequences, [True, False], 20, 75, scale)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.oracle import MEMORY_LAYOUTS, Store, run_step
+from tests.ops.oracle import Store, run_step
+from tests.ops.random_steps import cases, serve_case
 from tests.ops.test_attention import (
     MASKS,
     assert_rule_holds,
@@ -147,66 +148,12 @@ def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    name=st.sampled_from(sorted(FORMATS)),
-    mask=st.lists(st.booleans(), min_size=1, max_size=3),
-    group=st.integers(1, 16),
-    head_size=st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]),
-    block=st.sampled_from([8, 16, 24, 128]),
-    ring_block=st.sampled_from([1, 7, 8, 13, 128]),
-    sink=st.integers(0, 200),
-    recent=st.integers(1, 200),
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    longest=st.sampled_from([1, 9, 40, 300]),
-    layouts=st.tuples(*[st.sampled_from(MEMORY_LAYOUTS)] * 4),
-    one_call=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_random_shapes(
-    name,
-    mask,
-    group,
-    head_size,
-    block,
-    ring_block,
-    sink,
-    recent,
-    lengths,
-    dtype,
-    longest,
-    layouts,
-    one_call,
-    seed,
-):
+@given(name=st.sampled_from(sorted(FORMATS)), case=cases(longest_span=200))
+def test_random_shapes(name, case):
     form = FORMATS[name]
-    rng = np.random.default_rng(seed)
-    store = Store(
-        mask,
-        head_size,
-        requests=len(lengths),
-        max_tokens=300,
-        block_size=block,
-        streaming_block_size=ring_block,
-        sink_size=sink,
-        recent_size=recent,
-        dtype=dtype,
-        seed=seed,
-        form=form,
-        scales=SCALES,
-    )
-    sequences = make_sequences(lengths, len(mask), group, head_size, dtype, seed)
-    serve(
-        store,
-        sequences,
-        lambda left: min(left, int(rng.integers(0, (longest if left < 40 else 120) + 1))),
-        head_size**-0.5,
-        decode_up_to=8,
-        layouts=layouts,
-        one_call=one_call,
-    )
-    assert_rule_holds(as_kept(sequences, form), mask, sink, recent, head_size**-0.5)
-    store.assert_guards()
+    sequences, scale = serve_case(case, form=form, scales=SCALES)
+    kept = as_kept(sequences, form)
+    assert_rule_holds(kept, case["mask"], case["sink"], case["recent"], scale)
 
 
 def test_long_requests_are_split_and_merged(form):
