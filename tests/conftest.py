@@ -21,6 +21,8 @@ if not HAS_DEVICE and importlib.util.find_spec("triton") is not None:
         del os.environ["TRITON_INTERPRET"]
 
 
+# Before xdist's own hook, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests together that share something costly, and say why a test of the GPU does not run.
 

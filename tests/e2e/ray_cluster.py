@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray._common.utils import get_ray_address_file
 from ray.cluster_utils import Cluster
 
 from tests.e2e.needle import SERVER_ENV
@@ -76,6 +77,8 @@ def two_nodes(platform: Path, second: Mapping[str, str] | None = None) -> Iterat
         second: environment of the second node, on top of the first's.
     """
     folder = tempfile.mkdtemp(prefix="duo")  # sockets lie in it: a short name
+    # Ray notes a cluster's address in its usual folder, and only makes the cluster's own one.
+    Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)
     cluster = Cluster()
     try:
         for place, address in enumerate(ADDRESSES):
