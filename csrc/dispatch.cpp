@@ -76,7 +76,7 @@ const std::vector<Variant>& variants() {
             {&kernels_amx_bf16_on_avx2, cpu.avx2, false},
             {&kernels_avx2, cpu.avx2, true},
             {&kernels_avx512, cpu.avx512, true},
-            // Slower than avx512 where it was measured (Intel, fourth generation): by name alone.
+            // Slower than avx512 where it was measured (Intel Xeon, fifth generation): by name.
             {&kernels_avx512_bf16, cpu.avx512_bf16, false},
             {&kernels_amx_bf16, cpu.amx_bf16, true},
         };
