@@ -273,10 +273,9 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     const auto address = [&](const Rows& tensor, int r) {
         return query_address(step, tensor, heads, item.head, request.first_token, r);
     };
-    constexpr float log2e = 1.44269504088896340736f;
     for (int r = 0; r < rows.rows; ++r) {
         load_activations<T>(step, address(step.query, r), rows.chunks,
-                            step.scale * step.key_scale * UNIT<T> * log2e, rows.query + r * padded);
+                            step.scale * step.key_scale * UNIT<T> * LOG2E, rows.query + r * padded);
         rows.max[r] = -__builtin_inff();
     }
     std::memset(rows.sum, 0, rows.rows * LANES * sizeof(float));

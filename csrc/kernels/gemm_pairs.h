@@ -18,8 +18,7 @@ constexpr int TILE_DEPTH = 2 * TILE_SIDE;
 #if DUO_TILES
 
 struct Multiplier {
-    Tiles tiles{{WHOLE_TILE, WHOLE_TILE, WHOLE_TILE, WHOLE_TILE, WHOLE_TILE, WHOLE_TILE, WHOLE_TILE,
-                 WHOLE_TILE}};
+    Tiles tiles;
 
     // to = (Add ? to : 0) + left * right. `left`: tiles of the first 16 rows, `left_next` words
     // further those of the other 16; `right` likewise by columns; `depth` tiles each.

@@ -62,18 +62,15 @@ DUO_INLINE RowPairs pair_rows(Pairs first, Pairs second) {
     return {(first & 0xffffu) | (second << 16), (first >> 16) | (second & 0xffff0000u)};
 }
 
-// 2 ** x for x <= 0 to within 2 ** -13.7, for weights that are rounded to bf16 next; exactly 0
-// below -126 and for -inf. A minimax polynomial on [-1/2, 1/2].
+// 2 ** x for x <= 0 to within 2 ** -13.7, for weights that are rounded to bf16 next: by a minimax
+// polynomial.
 DUO_INLINE Vec rough_exp2_nonpositive(Vec x) {
-    const Vec shift = broadcast(12582912.0f);
-    const Vec shifted = x + shift;
-    const Vec f = x - (shifted - shift);
-    Vec p = broadcast(5.51716694e-2f);
-    p = p * f + 2.42611131e-1f;
-    p = p * f + 6.93260986e-1f;
-    p = p * f + 9.99928073e-1f;
-    const VecInt scaled = (VecInt)p + ((VecInt)shifted << 23);
-    return (Vec)(scaled & (x > -126.0f));
+    return exp2_nonpositive(x, [](Vec f) __attribute__((always_inline)) {
+        Vec p = broadcast(5.51716694e-2f);
+        p = p * f + 2.42611131e-1f;
+        p = p * f + 6.93260986e-1f;
+        return p * f + 9.99928073e-1f;
+    });
 }
 
 }  // namespace

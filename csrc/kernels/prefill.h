@@ -106,13 +106,12 @@ struct PrefillItem : PrefillFloats {
     using PrefillFloats::PrefillFloats;
 
     void load_queries() {
-        constexpr float log2e = 1.44269504088896340736f;
         float row[MAX_HEAD_SIZE];
         for (int r = 0; r < whole_blocks(rows); ++r) {
             float* to = scratch.query + r / BLOCK_ROWS * BLOCK_ROWS * padded + r % BLOCK_ROWS;
             if (r < rows) {
                 load_activations<T>(step, address(step.query, r), chunks,
-                                    step.scale * step.key_scale * UNIT<T> * log2e, row);
+                                    step.scale * step.key_scale * UNIT<T> * LOG2E, row);
             } else {
                 std::memset(row, 0, padded * sizeof(float));
             }

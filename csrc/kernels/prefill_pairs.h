@@ -10,6 +10,10 @@ namespace {
 
 constexpr int PAIR_TILE_KEYS = 256;
 
+// Of weights from one half of a block's rows to the other, of values from a chunk's even elements
+// to its odd ones.
+constexpr int64_t HALF_WORDS = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
+
 struct PairsScratch {
     uint32_t* query;   // [rows / 16, chunks] tiles
     uint32_t* key;     // [keys / 16, chunks] tiles: 32 elements of the head, of 16 keys
@@ -53,7 +57,7 @@ struct PrefillPairs : PrefillRows {
     PrefillPairs(const LayerStep& s, const Item& item, float* base)
         : PrefillRows(s, item),
           scratch(base, whole_pair_blocks(rows), padded),
-          factor(s.scale * 1.44269504088896340736f) {}
+          factor(s.scale * LOG2E) {}
 
     void load_queries() {
         const int whole = static_cast<int>(whole_pair_blocks(rows));
@@ -96,16 +100,15 @@ struct PrefillPairs : PrefillRows {
     }
 
     void pack_values(const KeyBlock<BFloat16, PAIR_TILE_KEYS>& keys, int whole) {
-        constexpr int64_t half = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
         for (int k = 0; k < whole; k += 2) {
             uint32_t* to = scratch.value + k / 2 * TILE_SIDE;
-            for (int c = 0; c < chunks.all(); ++c, to += 2 * half) {
+            for (int c = 0; c < chunks.all(); ++c, to += 2 * HALF_WORDS) {
                 const auto row = [&](int i) __attribute__((always_inline)) {
                     return i < keys.count ? load_any_pairs(keys.value[i], c, chunks) : Pairs{};
                 };
                 const RowPairs x = pair_rows(row(k), row(k + 1));
                 *reinterpret_cast<Pairs*>(to) = x.even;
-                *reinterpret_cast<Pairs*>(to + half) = x.odd;
+                *reinterpret_cast<Pairs*>(to + HALF_WORDS) = x.odd;
             }
         }
     }
@@ -173,15 +176,14 @@ struct PrefillPairs : PrefillRows {
                 hide_scores(scratch.score + (r - first) * PAIR_TILE_KEYS, all, own);
             }
         }
-        constexpr int64_t half = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
         for (int h = 0; h < 2; ++h) {
             weigh_tiles(first + h * TILE_SIDE, all, scratch.score + h * TILE_SIDE * PAIR_TILE_KEYS,
-                        scratch.weight + h * half);
+                        scratch.weight + h * HALF_WORDS);
         }
         const int64_t skipped = all.low / TILE_DEPTH * TILE_WORDS;
         for (int c = 0; c < chunks.all(); ++c) {
-            multiply.block<true>(scratch.weight + skipped, half,
-                                 scratch.value + c * 2 * half + skipped, half,
+            multiply.block<true>(scratch.weight + skipped, HALF_WORDS,
+                                 scratch.value + c * 2 * HALF_WORDS + skipped, HALF_WORDS,
                                  (all.high - all.low) / TILE_DEPTH,
                                  scratch.output + int64_t{first} * padded + c * CHUNK, padded);
         }

@@ -1,4 +1,4 @@
-// AMX' tile registers: each up to 16 rows of up to 64 bytes. Where the variant is compiled without
+// AMX' tile registers: each 16 rows of 64 bytes. Where the variant is compiled without
 // AMX they are plain memory, so that the logic around them is tested on every machine.
 #pragma once
 
@@ -11,12 +11,6 @@ constexpr int TILE_SIDE = 16;
 constexpr int TILE_WORDS = TILE_SIDE * TILE_SIDE;
 constexpr int64_t TILE_ROW_BYTES = TILE_SIDE * sizeof(uint32_t);
 
-struct TileShape {
-    int rows, row_bytes;
-};
-
-constexpr TileShape WHOLE_TILE{TILE_SIDE, TILE_ROW_BYTES};
-
 // The registers of this thread while it lives. They are given back at the end: whoever else uses
 // them wants his own shapes, and the operating system would have to save them.
 class Tiles {
@@ -25,15 +19,15 @@ class Tiles {
     Tiles& operator=(const Tiles&) = delete;
 
 #if defined(__AMX_BF16__)
-    DUO_INLINE explicit Tiles(const TileShape (&shapes)[8]) {
+    DUO_INLINE Tiles() {
         struct alignas(64) {
             uint8_t palette = 1, start = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
         for (int i = 0; i < 8; ++i) {
-            config.row_bytes[i] = static_cast<uint16_t>(shapes[i].row_bytes);
-            config.rows[i] = static_cast<uint8_t>(shapes[i].rows);
+            config.row_bytes[i] = TILE_ROW_BYTES;
+            config.rows[i] = TILE_SIDE;
         }
         __asm__ volatile("ldtilecfg %0" ::"m"(config));
     }
@@ -65,7 +59,7 @@ class Tiles {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
 #else
-    explicit Tiles(const TileShape (&shapes)[8]) { std::memcpy(shapes_, shapes, sizeof(shapes_)); }
+    Tiles() = default;
 
     template <int I>
     void zero() {
@@ -74,26 +68,24 @@ class Tiles {
 
     template <int I>
     void load(const void* from, int64_t stride_bytes) {
-        zero<I>();
-        for (int r = 0; r < shapes_[I].rows; ++r) {
+        for (int r = 0; r < TILE_SIDE; ++r) {
             std::memcpy(words_[I][r], static_cast<const char*>(from) + r * stride_bytes,
-                        shapes_[I].row_bytes);
+                        TILE_ROW_BYTES);
         }
     }
 
     template <int I>
     void store(void* to, int64_t stride_bytes) {
-        for (int r = 0; r < shapes_[I].rows; ++r) {
-            std::memcpy(static_cast<char*>(to) + r * stride_bytes, words_[I][r],
-                        shapes_[I].row_bytes);
+        for (int r = 0; r < TILE_SIDE; ++r) {
+            std::memcpy(static_cast<char*>(to) + r * stride_bytes, words_[I][r], TILE_ROW_BYTES);
         }
     }
 
     template <int C, int A, int B>
     void multiply() {
-        for (int r = 0; r < shapes_[C].rows; ++r) {
+        for (int r = 0; r < TILE_SIDE; ++r) {
             Vec total = duo::load(reinterpret_cast<const float*>(words_[C][r]));
-            for (int p = 0; p < shapes_[B].rows; ++p) {
+            for (int p = 0; p < TILE_SIDE; ++p) {
                 const Pairs b = *reinterpret_cast<const VecBitsAny*>(words_[B][p]);
                 total = add_products(total, broadcast_pair(words_[A][r][p]), b);
             }
@@ -102,7 +94,6 @@ class Tiles {
     }
 
   private:
-    TileShape shapes_[8];
     uint32_t words_[8][TILE_SIDE][TILE_SIDE];
 #endif
 };
