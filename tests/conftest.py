@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
         if item.get_closest_marker("gpu") and not HAS_DEVICE:
             item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Refuse to run without the groups: every server would be started once in each process."""
+    if node.config.option.dist == "loadgroup" and not all("@" in name for name in ids):
+        pytest.exit(
+            f"pytest-xdist did not group the tests: expected '@' in their ids, got {ids[0]!r}; "
+            "install a pytest that it knows (see pyproject.toml)",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )

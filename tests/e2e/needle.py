@@ -22,6 +22,8 @@ SERVER_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "INFO",
     "NUMBA_DISABLE_JIT": "0",
+    # The default closes a connection that was silent for 5 s: on a busy machine just as it is used.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",
 }
 FLAGS = ["--dtype", "float32", "--max-model-len", "4096", "--served-model-name", "needle"]
 

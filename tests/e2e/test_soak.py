@@ -98,7 +98,11 @@ def soak(served):
     assert_all_blocks_return(served, client_of(served))
     rss, before = rss_mib(served), counters(served)
     start = time.monotonic()
-    report = asyncio.run(ask_all(served.url, questions[WARM_UP:], CONCURRENCY))
+    try:
+        report = asyncio.run(ask_all(served.url, questions[WARM_UP:], CONCURRENCY))
+    except ExceptionGroup as error:
+        error.add_note(f"the server's exit code: {served.process.poll()}; {served.log_tail()}")
+        raise
     seconds = time.monotonic() - start
     assert_all_blocks_return(served, client_of(served))
     after, last = rss_mib(served), counters(served)
@@ -176,9 +180,13 @@ def test_the_pool_was_too_small(soak):
 
 
 def test_clients_that_went_were_noticed(soak):
-    """vLLM counts the requests that came to their own end, each of several answers for itself."""
+    """vLLM counts the requests that came to their own end, each of several answers for itself.
+
+    Unnoticed, all would be counted. The engine runs ahead of a slow client: on two cores with another
+    server beside, 16 of 54 had come to their end when the API server saw that the client was gone.
+    """
     answered = soak.report.right + len(soak.report.wrong) + soak.report.kinds["two"]
-    assert soak.metrics["request_success"] - answered <= soak.report.gone / 4
+    assert soak.metrics["request_success"] - answered <= soak.report.gone / 2
 
 
 def test_prefixes_were_hit(soak):
