@@ -477,6 +477,14 @@ class TestModelRunner:
         (reason,) = reasons_of(serve)
         assert reason == ("vLLM's model runner V2: not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0")
 
+    def test_v2_may_be_tried(self, serve, told, monkeypatch):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        config = serve(duo={"untested_model_runner": True})
+        assert config.use_v2_model_runner is True
+
+    def test_trying_v2_takes_the_variable_too(self, serve, told):
+        assert serve(duo={"untested_model_runner": True}).use_v2_model_runner is False
+
     def test_is_v1_where_v1_is_asked_for(self, serve, told, monkeypatch):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
         assert serve().use_v2_model_runner is False

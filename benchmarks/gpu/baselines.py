@@ -54,8 +54,8 @@ def installed(device: torch.device) -> Iterator[Baseline | tuple[str, str]]:
         name = f"FlashAttention {fa_version} of vLLM {_version('vllm')}"
         paged = functools.partial(vllm_flash_attention, function=function, fa_version=fa_version)
         yield Baseline(name, paged)
-    except ImportError as error:
-        yield "FlashAttention of vLLM", str(error)
+    except Exception as error:  # ImportError, or what vLLM raises where it is not at home
+        yield "FlashAttention of vLLM", f"{type(error).__name__}: {error}"
     try:
         import flashinfer  # noqa: F401
 

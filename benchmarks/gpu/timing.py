@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,19 +22,18 @@ Replay = Callable[[int], float]
 """Runs a graph so many times and returns the mean milliseconds of one."""
 
 
-def captured(steps: Sequence[Callable[[], object]], pool: Any = None) -> Replay:
+def captured(steps: Sequence[Callable[[], object]]) -> Replay:
     """Capture steps in one raw CUDA graph, after three runs without one.
 
     Args:
         steps: of the layers, one after another.
-        pool: memory that graphs share whose results nobody reads.
     """
     for _ in range(3):
         for step in steps:
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph):
         for step in steps:
             step()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -99,8 +97,8 @@ def measure_limits(device: torch.device) -> Limits:
 def layers_in_turn(point: Point, cache_bytes: int, copies: int, free_bytes: int) -> int:
     """Layers that take turns in a graph, so that their caches come from memory; 0: not one fits.
 
-    Worked example: Llama-3-8B, one decode at 1,024 tokens. 75 % streaming reads and writes 2.1 MB, and
-    three times an L2 of 60 MB are 86 of them: 32 layers, as many as the model has.
+    Worked example: Llama-3-8B, one decode at 1,024 tokens. 75 % streaming reads and writes 2.05 MB, and
+    three times an L2 of 60 MiB are 92 of them: 32 layers, as many as the model has.
 
     Args:
         point: what is measured.

@@ -24,7 +24,10 @@ def config():
         def _get_v2_model_runner_unsupported_features(self):
             return self.features
 
-    model_runner.patch(SimpleNamespace(VllmConfig=VllmConfig))
+    module = SimpleNamespace(VllmConfig=VllmConfig, envs=SimpleNamespace())
+    module.envs.VLLM_USE_V2_MODEL_RUNNER = None
+    model_runner.patch(module)
+    VllmConfig.envs = module.envs
     return VllmConfig
 
 
@@ -36,6 +39,12 @@ def test_duo_is_one_of_what_v2_lacks(config):
     found = config(AttentionBackendEnum.CUSTOM, "something")
     assert unsupported(found) == ["something", "the attention backend duo"]
     assert found.features == ["something"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_runner_that_was_asked_for_is_not_spoken_of(config, asked):
+    config.envs.VLLM_USE_V2_MODEL_RUNNER = asked
+    assert unsupported(config(AttentionBackendEnum.CUSTOM)) == []
 
 
 @pytest.mark.parametrize("backend", [None, AttentionBackendEnum.FLASH_ATTN])

@@ -209,6 +209,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
     ],
     "compat/model_runner.py": [
         ("vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features", None),
+        ("vllm.config.vllm:envs", None),
         (
             "vllm.config.vllm:VllmConfig.use_v2_model_runner.fget",
             names(

@@ -6,7 +6,7 @@ Why: where that variable is unset vLLM takes its runner V2 unless this method li
 lacks, and a registered backend has no say in it. With an entry vLLM takes V1, in every process, and
 logs once: ``Model Runner V2 does not yet support the attention backend duo; using the V1 model runner
 instead.``
-Condition: the selected backend is ours. ``VLLM_USE_V2_MODEL_RUNNER=1`` is asked before this method and
+Condition: the variable is unset and the selected backend is ours. ``VLLM_USE_V2_MODEL_RUNNER=1`` is
 still refused (``support.py``); so is what needs V2 whatever the variable (HiSparse, watermarks).
 May go: once duo runs with V2 (docs/gpu.md has what is missing), or a backend can name its runners.
 """
@@ -37,7 +37,10 @@ def patch(module: ModuleType) -> None:
     @wraps(original)
     def _get_v2_model_runner_unsupported_features(self: VllmConfig) -> list[str]:
         unsupported: list[str] = original(self)
-        return [*unsupported, FEATURE] if is_duo(self) else unsupported
+        # A runner that was asked for is support.py's to refuse, with the other reasons.
+        if module.envs.VLLM_USE_V2_MODEL_RUNNER is None and is_duo(self):
+            return [*unsupported, FEATURE]
+        return unsupported
 
     module.VllmConfig._get_v2_model_runner_unsupported_features = (
         _get_v2_model_runner_unsupported_features
