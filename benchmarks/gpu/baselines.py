@@ -148,10 +148,12 @@ def torch_cudnn(layer: Layer) -> Run:
     """CuDNN's attention through PyTorch.
 
     Its ``is_causal`` is aligned to the first key, so a chunk behind a context is two calls, over the
-    context and over the chunk, merged by their log-sum-exps.
+    context and over the chunk, merged by their log-sum-exps. Where this torch does not let query heads
+    share a KV head, KV heads are repeated beforehand.
     """
     query, keys, values = _torch_inputs(layer)
     before = layer.point.before
+    group = query.shape[1] // keys.shape[1]
 
     def attend(piece: slice, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -176,6 +178,13 @@ def torch_cudnn(layer: Layer) -> Run:
         seen, seen_lse = attend(slice(before), False)
         return _tokens(merge(seen, seen_lse, own, own_lse))
 
+    if group > 1:
+        try:
+            run()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            keys, values = (part.repeat_interleave(group, 1) for part in (keys, values))
     return run
 
 

@@ -125,8 +125,6 @@ def _measure(
             if whole is not None:
                 differences[name] = gate.check_whole(name, output, whole, point)
             steps[name] = runs
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever an implementation that does not fit raises
             left_out[name] = f"{type(error).__name__}: {error}"
     if not any(baseline.name in steps for baseline in usable):
