@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import pytest
+import vllm.config.vllm
 import vllm.platforms
 from vllm.config.speculative import SpeculativeMethod
 from vllm.engine.arg_utils import EngineArgs
@@ -445,6 +446,53 @@ class TestRefusals:
     def test_kernel_of_a_gpu_on_a_cpu(self, serve):
         (reason,) = reasons_of(serve, duo={"retrieval_prefill": "flash-attn"})
         assert reason.startswith("\"retrieval_prefill\": 'flash-attn': it chooses a GPU's kernel")
+
+
+class TestModelRunner:
+    """vLLM's own choice, as where Triton has a device to run on."""
+
+    @pytest.fixture(autouse=True)
+    def told(self, monkeypatch):
+        """What vLLM logs of its choice, once."""
+        monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+        found: list[str] = []
+
+        def warning_once(message, *values):
+            if (text := message % values) not in found:
+                found.append(text)
+
+        monkeypatch.setattr(vllm.config.vllm.logger, "warning_once", warning_once)
+        return found
+
+    def test_is_v1_without_a_setting_and_vllm_says_why(self, serve, told):
+        assert serve().use_v2_model_runner is False
+        assert [line for line in told if "Runner" in line] == [
+            "Model Runner V2 does not yet support the attention backend duo; using the V1 model runner "
+            "instead."
+        ]
+
+    def test_is_still_refused_where_v2_is_asked_for(self, serve, told, monkeypatch):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        (reason,) = reasons_of(serve)
+        assert reason == ("vLLM's model runner V2: not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0")
+
+    def test_v2_may_be_tried(self, serve, told, monkeypatch):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        config = serve(duo={"untested_model_runner": True})
+        assert config.use_v2_model_runner is True
+
+    def test_trying_v2_takes_the_variable_too(self, serve, told):
+        assert serve(duo={"untested_model_runner": True}).use_v2_model_runner is False
+
+    def test_is_v1_where_v1_is_asked_for(self, serve, told, monkeypatch):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        assert serve().use_v2_model_runner is False
+        assert [line for line in told if "Runner" in line] == []
+
+    def test_of_other_backends_is_vllms(self, serve, told):
+        assert serve(table=None, attention_backend=None).use_v2_model_runner is True
+        assert [line for line in told if "Runner" in line] == []
 
 
 class TestPatterns:

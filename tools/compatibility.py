@@ -97,7 +97,8 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "async scheduling": "",
         "pausing (sleep levels 0 and 1)": "",
         "`--enable-sleep-mode`": "on CPUs vLLM itself refuses it",
-        "model runner V2": "",
+        "model runner V2": "with `VLLM_USE_V2_MODEL_RUNNER=1`, unless `untested_model_runner` is set; "
+        "unset, duo gets V1 ([GPUs](gpu.md#model-runner-v2))",
         "microbatches (`--enable-dbo`)": "",
         "microbatches (`--ubatch-size`)": "",
         "hybrid KV cache manager switched off": "",

@@ -63,6 +63,7 @@ _ALLOWED = {
     "balance": "true or false",
     "retrieval_prefill": "auto, triton, flash-attn or flashinfer",
     "untested_gpu": "true or false",
+    "untested_model_runner": "true or false",
 }
 
 
@@ -81,6 +82,7 @@ class DuoConfig(BaseModel):
             together with `threshold`.
         retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
         untested_gpu: whether a server may start on a GPU, where this release has never run.
+        untested_model_runner: whether a server may start with vLLM's model runner V2.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -94,6 +96,7 @@ class DuoConfig(BaseModel):
     balance: _Flag = False
     retrieval_prefill: RetrievalPrefill = "auto"
     untested_gpu: _Flag = False
+    untested_model_runner: _Flag = False
 
     @model_validator(mode="after")
     def _refuse_two_cuts(self) -> Self:

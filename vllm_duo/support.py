@@ -78,8 +78,7 @@ def platform_refusals(additional_config: Any = None) -> Iterator[str]:
     """
     from vllm.platforms import current_platform
 
-    section = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
-    settings: Mapping[str, Any] = section if isinstance(section, Mapping) else {}
+    settings = _settings(additional_config)
     if current_platform.is_cpu():
         chosen = settings.get("retrieval_prefill", "auto")
         if chosen != "auto":
@@ -95,6 +94,12 @@ def platform_refusals(additional_config: Any = None) -> Iterator[str]:
             "Triton's interpreter only, never on a GPU (docs/gpu.md); to try them all the same, set "
             '"untested_gpu": true in the "duo" section of --additional-config'
         )
+
+
+def _settings(additional_config: Any) -> Mapping[str, Any]:
+    """The "duo" section as it was given; bad ones are refused elsewhere."""
+    section = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    return section if isinstance(section, Mapping) else {}
 
 
 def facts_of(model: ModelConfig) -> ModelFacts:
@@ -293,7 +298,8 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
         yield "--kv-offloading-size: the offloading connector does not see the streaming caches"
     if vllm_config.attention_config.use_non_causal:
         yield "attention that is not causal"
-    if vllm_config.use_v2_model_runner:
+    tried = _settings(vllm_config.additional_config).get("untested_model_runner") is True
+    if vllm_config.use_v2_model_runner and not tried:
         yield "vLLM's model runner V2: not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0"
     if vllm_config.attention_config.backend_per_kind:
         yield "attention backends per kind of layer: all attention layers must run duo"

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import attention, decode_step
+from benchmarks import attention_cpu as attention
+from benchmarks import decode_step
 from benchmarks.attention_layers import DuoLayer, Shape
 
 SHAPE = Shape(dtype=torch.float32, num_heads=4, num_kv_heads=2, context=1023, chunk=1)

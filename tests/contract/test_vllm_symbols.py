@@ -101,6 +101,7 @@ COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 MANAGERS = "vllm.v1.core.single_type_kv_cache_manager"
 FLASH = "vllm.v1.attention.backends.fa_utils"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
+RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 DRAFTERS = "vllm.v1.spec_decode"
 
 # By our file: symbol (module:attribute) and check; None asks only that it exists.
@@ -205,6 +206,20 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (f"{GROUPING}:{GROUPS_CALLER}", names("get_kv_cache_groups(")),
         (f"{INTERFACE}:KVCacheGroupSpec", takes("layer_names", "kv_cache_spec")),
         (f"{INTERFACE}:UniformTypeKVCacheSpecs.from_specs", takes("kv_cache_specs")),
+    ],
+    "compat/model_runner.py": [
+        ("vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features", None),
+        ("vllm.config.vllm:envs", None),
+        (
+            "vllm.config.vllm:VllmConfig.use_v2_model_runner.fget",
+            names(
+                "use_v2_model_runner = envs.VLLM_USE_V2_MODEL_RUNNER\n"
+                "        if use_v2_model_runner is not None:\n"
+                "            return use_v2_model_runner\n",
+                "unsupported = self._get_v2_model_runner_unsupported_features()",
+                "; using the V1 model ",
+            ),
+        ),
     ],
     "compat/pool_report.py": [
         (
@@ -372,6 +387,33 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (f"{RUNNER}:GPUModelRunner.execute_model", takes("scheduler_output")),
         (f"{RUNNER}:GPUModelRunner", sets("input_batch")),
         ("vllm.v1.worker.gpu_input_batch:InputBatch", sets("req_id_to_index")),
+    ],
+    "compat/snapshot_orders.py, model runner V2": [
+        (f"{RUNNER_V2}:GPUModelRunner.execute_model", takes("scheduler_output")),
+        (
+            f"{RUNNER_V2}:GPUModelRunner.execute_model",
+            names("input_batch = self.prepare_inputs(", "self.model_state.prepare_attn("),
+        ),
+        (f"{RUNNER_V2}:GPUModelRunner.prepare_inputs", names("return input_batch")),
+        ("vllm.v1.worker.gpu.input_batch:InputBatch", members("req_ids")),
+        # Groups without slots of vLLM's.
+        (f"{RUNNER_V2}:GPUModelRunner.initialize_kv_cache", names("layer_spec.uses_slot_mapping")),
+        # One object of a step tells it from others, and one of a group.
+        (
+            "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+            names("query_start_loc_cpu = torch.from_numpy(", "query_start_loc_cpu=query_start_loc"),
+        ),
+        (
+            "vllm.v1.worker.gpu.attn_utils:build_attn_metadata",
+            names(
+                "for i in range(num_kv_cache_groups):", "common_attn_metadata = CommonAttentionM"
+            ),
+        ),
+        # Short queries come first.
+        (
+            f"{RUNNER_V2}:sort_batch_req_ids",
+            names("num_tokens_per_req[r]) != decode_query_len,"),
+        ),
     ],
     "kv_cache/allocator.py": [
         ("vllm.v1.core.block_pool:BlockPool.get_new_blocks", takes("num_blocks")),

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 MAX_NEW_TOKENS = 64
+SETTINGS: dict[str, object] = {}
+"""Of every engine with duo; ``runner_v2.py`` adds one."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Engine:
                         "threshold": 0.5,
                         "sink_size": sink_size,
                         "recent_size": recent_size,
+                        **SETTINGS,
                     }
                 },
             }

@@ -61,6 +61,7 @@ class TestSettings:
             "snapshot_interval": sizes,
             "retrieval_prefill": st.sampled_from(["auto", "triton"]),
             "untested_gpu": st.booleans(),
+            "untested_model_runner": st.booleans(),
         }
         section = st.one_of(objects(known), json_values)
         config = data.draw(st.one_of(st.builds(lambda s: {"duo": s}, section), json_values))

@@ -14,6 +14,7 @@ def install() -> None:
         cpu_platform,
         draft_count,
         kv_cache_groups,
+        model_runner,
         pool_report,
         preempted_pages,
         ray_nodes,
@@ -27,6 +28,7 @@ def install() -> None:
     from vllm_duo.compat.after_import import after_import
 
     cpu_platform.patch()
+    after_import("vllm.config.vllm", model_runner.patch)
     after_import("vllm.v1.core.single_type_kv_cache_manager", spec_registry.patch)
     after_import(kv_cache_groups.module_name(), kv_cache_groups.patch)
     after_import("vllm.v1.core.kv_cache_manager", coordinator.patch)
@@ -49,6 +51,7 @@ def install() -> None:
     after_import(
         "vllm.v1.worker.gpu_model_runner", _all(slot_mapping.patch, snapshot_orders.patch_runner)
     )
+    after_import("vllm.v1.worker.gpu.model_runner", snapshot_orders.patch_runner_v2)
 
 
 def _all(*patches: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:

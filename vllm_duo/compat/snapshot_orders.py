@@ -1,4 +1,4 @@
-"""``Scheduler.schedule`` and ``GPUModelRunner.execute_model``: snapshot orders go with their step.
+"""``Scheduler.schedule``, ``GPUModelRunner.execute_model``: snapshot orders go with their step.
 
 Symptom: the worker would not know which snapshots to store and restore in a step.
 Why: vLLM's own channel, ``kv_cache_block_copies``, copies whole blocks before the forward pass; a
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm_duo.kv_cache.orders import SnapshotOrder
 
 ATTRIBUTE = "duo_snapshot_orders"
+BATCH = "duo_batch_request_ids"
+"""Attribute of a model runner V2: the requests of the step's batch, in its order."""
 
 
 def patch_scheduler(module: ModuleType) -> None:
@@ -76,4 +78,40 @@ def patch_runner(module: ModuleType) -> None:
         with step_orders(orders, lambda: self.input_batch.req_id_to_index):
             return original(self, scheduler_output, *args, **kwargs)
 
+    module.GPUModelRunner.execute_model = execute_model
+
+
+def patch_runner_v2(module: ModuleType) -> None:
+    """The same for the model runner V2, which sorts each step's batch anew.
+
+    Its ``prepare_inputs`` makes the batch and comes before the metadata of the same step.
+
+    Args:
+        module: ``vllm.v1.worker.gpu.model_runner``.
+    """
+    original = module.GPUModelRunner.execute_model
+    prepare = module.GPUModelRunner.prepare_inputs
+
+    @wraps(prepare)
+    def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = prepare(self, *args, **kwargs)
+        setattr(self, BATCH, batch.req_ids)
+        return batch
+
+    @wraps(original)
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        orders = getattr(scheduler_output, ATTRIBUTE, None)
+        if not orders:
+            return original(self, scheduler_output, *args, **kwargs)
+        from vllm_duo.attention.metadata import step_orders
+
+        setattr(self, BATCH, ())
+
+        def rows() -> dict[str, int]:
+            return {request_id: row for row, request_id in enumerate(getattr(self, BATCH))}
+
+        with step_orders(orders, rows):
+            return original(self, scheduler_output, *args, **kwargs)
+
+    module.GPUModelRunner.prepare_inputs = prepare_inputs
     module.GPUModelRunner.execute_model = execute_model

@@ -2,7 +2,8 @@
 
 Tensors on the CPU run the kernels of ``csrc/``, those on another device the PyTorch references.
 ``VLLM_DUO_OPS=reference`` selects the references everywhere, ``VLLM_DUO_CPU_ISA`` a lesser variant of
-the kernels. Nothing falls back by itself: a missing compiled module is an error on import.
+the kernels. Nothing falls back by itself: a missing compiled module is an error on import, unless the
+references were selected.
 """
 
 from __future__ import annotations
@@ -16,21 +17,42 @@ from vllm_duo.kv_cache.formats import CacheFormat
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
 from vllm_duo.ops.validate import FULL_CHECKS
 
+use_reference = os.environ.get("VLLM_DUO_OPS", "kernels") == "reference"
+"""Whether CPU tensors run the references too; read at import, and set by tests."""
+
+
+class _Missing:
+    """Stands for the compiled module where it is missing and the references were selected."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+
+    def __getattr__(self, name: str) -> int:
+        """Codes of phases and dtypes mean nothing without the kernels.
+
+        Raises:
+            ImportError: a kernel is to run.
+        """
+        if name.isupper():
+            return 0
+        raise ImportError(self.problem)
+
+
 try:
     from vllm_duo import _cpu
 except ImportError as error:
-    raise ImportError(
+    problem = (
         "vllm-duo's compiled kernels (vllm_duo._cpu) are missing or do not load "
         f"({error}): install the package again (pip install vllm-duo, or make setup in a checkout)"
-    ) from error
+    )
+    if not use_reference:
+        raise ImportError(problem) from error
+    _cpu = _Missing(problem)  # type: ignore[assignment]
 
 WRITE_RETRIEVAL: int = _cpu.WRITE_RETRIEVAL
 COPY_SNAPSHOTS: int = _cpu.COPY_SNAPSHOTS
 ATTEND: int = _cpu.ATTEND
 WRITE_STREAMING: int = _cpu.WRITE_STREAMING
-
-use_reference = os.environ.get("VLLM_DUO_OPS", "kernels") == "reference"
-"""Whether CPU tensors run the references too; read at import, and set by tests."""
 
 _DTYPES = {
     torch.float32: _cpu.FLOAT32,
@@ -119,9 +141,9 @@ def run(
 
 def describe() -> str:
     """The variant of the kernels and the threads, for people."""
-    library = os.path.basename(_cpu.openmp_library()) or "no OpenMP runtime"
     if use_reference:
         return "PyTorch references (VLLM_DUO_OPS=reference)"
+    library = os.path.basename(_cpu.openmp_library()) or "no OpenMP runtime"
     return f"CPU kernels {_cpu.isa()}, {_cpu.max_threads()} threads of {library}"
 
 
