@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import get_kv_quant_mode
 from vllm_duo.drafts import Drafts
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
-from vllm_duo.kv_cache.tensor_parallel import rank_caches
+from vllm_duo.kv_cache.rank_caches import rank_caches
 from vllm_duo.server_plan import ServerPlan, resolve_plan
 
 if TYPE_CHECKING:
