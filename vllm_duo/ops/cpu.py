@@ -8,7 +8,6 @@ the kernels. Nothing falls back by itself: a missing compiled module is an error
 from __future__ import annotations
 
 import os
-import weakref
 
 import torch
 
@@ -46,8 +45,6 @@ _FORMATS = {
     ("int4", True): _cpu.SCALED_INT4,
 }
 
-_heads: weakref.WeakKeyDictionary[HeadMap, _cpu.Heads] = weakref.WeakKeyDictionary()
-
 
 def runs(tensor: torch.Tensor) -> bool:
     """Whether the compiled kernels serve this tensor."""
@@ -84,10 +81,9 @@ def run(
     Raises:
         ValueError: shapes, dtypes, strides or tables disagree.
     """
-    native_heads = _heads.get(heads)
-    if native_heads is None:
-        native_heads = _cpu.Heads(heads.retrieval.tolist(), heads.streaming.tolist())
-        _heads[heads] = native_heads
+    native_heads = heads.memo(
+        "native", lambda: _cpu.Heads(heads.retrieval.tolist(), heads.streaming.tolist())
+    )
     native_batch = batch.memo(
         "native",
         lambda: _cpu.Batch(batch.host_query_start_loc.tolist(), batch.host_seq_lens.tolist()),
