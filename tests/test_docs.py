@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.published import published_layout, published_ranks
-from tests.test_server_errors import REFUSED_MODELS, REFUSED_SETTINGS
+from tests.server.refused import REFUSED_MODELS, REFUSED_SETTINGS
 from vllm_duo.compat.scheduler_stats import COUNTERS
 from vllm_duo.heads.discovery import PUBLISHED
 

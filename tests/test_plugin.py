@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched import scheduler
 from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST
 
+from tests.messages import messages_of
 from vllm_duo import compat, plugin
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.compat.after_import import _PatchingFinder
@@ -83,20 +83,12 @@ class TestVersions:
     @pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "junk"])
     @pytest.mark.refused("vLLM outside 0.32 and 0.33")
     def test_unsupported_registers_nothing(self, version, monkeypatch):
-        records = []
-        handler = logging.Handler()
-        handler.emit = records.append
+        messages = messages_of(plugin, monkeypatch)
         monkeypatch.setattr(vllm, "__version__", version)
         monkeypatch.setattr(registry, "register_backend", lambda *_: pytest.fail("registered"))
         monkeypatch.setattr(compat, "install", lambda: pytest.fail("patched"))
-        plugin.logger.addHandler(handler)
-        try:
-            plugin.register()
-        finally:
-            plugin.logger.removeHandler(handler)
-        assert [(record.levelname, record.getMessage()) for record in records] == [
-            ("ERROR", plugin.version_problem(version))
-        ]
+        plugin.register()
+        assert messages == [("ERROR", plugin.version_problem(version))]
 
 
 class TestName:

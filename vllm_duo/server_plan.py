@@ -19,7 +19,7 @@ from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, stage_sizes
-from vllm_duo.kv_cache.tensor_parallel import SplitCost, replan, split_cost
+from vllm_duo.kv_cache.split_cost import SplitCost, replan, split_cost
 from vllm_duo.windows import Windows, in_force, layer_windows, slides_throughout
 
 if TYPE_CHECKING:

@@ -13,6 +13,15 @@ struct KeyBlock {
     const T* value[Size];
     int64_t position[Size];
     int count;
+
+    // The first `keys` of a run, the first at position `begin`, go to the places from `place` on.
+    DUO_INLINE void put(int place, const KeyRun& run, int64_t begin, int keys) {
+        for (int i = 0; i < keys; ++i, ++place) {
+            key[place] = reinterpret_cast<const T*>(run.key + i * run.key_stride_bytes);
+            value[place] = reinterpret_cast<const T*>(run.value + i * run.value_stride_bytes);
+            position[place] = begin + i;
+        }
+    }
 };
 
 // Where the keys of one request and KV head lie.
@@ -23,18 +32,21 @@ struct KeySource {
     int head;
     int64_t row;
 
+    // The run that starts at `begin` and ends at `end` or sooner.
+    KeyRun run(int64_t begin, int64_t end) const {
+        return locate(step, heads, head, request, row, begin, end);
+    }
+
     // Appends the positions [begin, end) to a block that has room for them.
     template <typename T, int Size>
     void append(KeyBlock<T, Size>& block, int64_t begin, int64_t end) const {
         int n = block.count;
         while (begin < end) {
-            const KeyRun run = locate(step, heads, head, request, row, begin, end);
-            for (int64_t i = 0; i < run.count; ++i, ++n) {
-                block.key[n] = reinterpret_cast<const T*>(run.key + i * run.key_stride_bytes);
-                block.value[n] = reinterpret_cast<const T*>(run.value + i * run.value_stride_bytes);
-                block.position[n] = begin + i;
-            }
-            begin += run.count;
+            const KeyRun found = run(begin, end);
+            const int count = static_cast<int>(found.count);
+            block.put(n, found, begin, count);
+            begin += count;
+            n += count;
         }
         block.count = n;
     }
@@ -70,16 +82,12 @@ class KeyWalk {
         while (n < Size && next_run()) {
             const int64_t room = Size - n;
             const int count = static_cast<int>(run_.count < room ? run_.count : room);
-            for (int i = 0; i < count; ++i, ++n) {
-                block.key[n] = reinterpret_cast<const T*>(run_.key + i * run_.key_stride_bytes);
-                block.value[n] =
-                    reinterpret_cast<const T*>(run_.value + i * run_.value_stride_bytes);
-                block.position[n] = at_ + i;
-            }
+            block.put(n, run_, at_, count);
             run_.key += count * run_.key_stride_bytes;
             run_.value += count * run_.value_stride_bytes;
             run_.count -= count;
             at_ += count;
+            n += count;
         }
         block.count = n;
     }
@@ -94,8 +102,7 @@ class KeyWalk {
             then_begin_ = then_end_;
         }
         if (at_ == end_) return false;
-        run_ = locate(source_.step, source_.heads, source_.head, source_.request, source_.row, at_,
-                      end_);
+        run_ = source_.run(at_, end_);
         return true;
     }
 

@@ -28,6 +28,11 @@ namespace {
             return function<Int4Pair>(__VA_ARGS__);   \
     }
 
+}  // namespace
+
+// In a namespace of its own: variant_pairs.cpp takes most of them from here.
+namespace DUO_VARIANT {
+
 void decode(const LayerStep& step, const Item& item, const Item* following, float* scratch) {
     DUO_BY_DTYPE(decode_item, step, item, following, scratch)
 }
@@ -56,12 +61,18 @@ int64_t partials(int64_t rows, int head_size) {
     return partial_floats(rows, head_chunks(head_size).padded());
 }
 
-}  // namespace
+}  // namespace DUO_VARIANT
 
 extern const Kernels DUO_SYMBOL_OF(DUO_VARIANT);
 const Kernels DUO_SYMBOL_OF(DUO_VARIANT) = {
-    DUO_NAME_OF(DUO_VARIANT), decode,   prefill, merge, quantise, decode_floats,
-    prefill_floats,           partials,
+    .name = DUO_NAME_OF(DUO_VARIANT),
+    .decode = DUO_VARIANT::decode,
+    .prefill = DUO_VARIANT::prefill,
+    .merge = DUO_VARIANT::merge,
+    .quantise = DUO_VARIANT::quantise,
+    .decode_scratch_floats = DUO_VARIANT::decode_floats,
+    .prefill_scratch_floats = DUO_VARIANT::prefill_floats,
+    .partial_floats = DUO_VARIANT::partials,
 };
 
 }  // namespace duo

@@ -6,49 +6,44 @@
 
 namespace duo {
 
-extern const Kernels DUO_SYMBOL_OF(DUO_BASE);
+// Of variant.cpp.
+namespace DUO_BASE {
+DecodeItem decode;
+PrefillItem prefill;
+MergeItems merge;
+QuantiseTokens quantise;
+CountFloats decode_floats, prefill_floats, partials;
+}  // namespace DUO_BASE
 
 namespace {
-
-const Kernels& base = DUO_SYMBOL_OF(DUO_BASE);
-
-void decode(const LayerStep& step, const Item& item, const Item* following, float* scratch) {
-    base.decode(step, item, following, scratch);
-}
 
 void prefill(const LayerStep& step, const Item& item, float* scratch) {
     // Scores are compared before they are scaled.
     if (step.dtype == Dtype::bf16 && step.scale > 0) {
         PrefillPairs(step, item, scratch).run();
     } else {
-        base.prefill(step, item, scratch);
+        DUO_BASE::prefill(step, item, scratch);
     }
 }
 
-void merge(const LayerStep& step, const Item* items, int count) { base.merge(step, items, count); }
-
-void quantise(const LayerStep& step, int heads, int64_t first, int64_t last, char* to) {
-    base.quantise(step, heads, first, last, to);
-}
-
-int64_t decode_floats(int64_t rows, int head_size) {
-    return base.decode_scratch_floats(rows, head_size);
-}
-
 int64_t prefill_floats(int64_t rows, int head_size) {
-    const int64_t others = base.prefill_scratch_floats(rows, head_size);
+    const int64_t others = DUO_BASE::prefill_floats(rows, head_size);
     const int64_t own = pairs_scratch_floats(rows, head_chunks(head_size).padded());
     return own > others ? own : others;
 }
-
-int64_t partials(int64_t rows, int head_size) { return base.partial_floats(rows, head_size); }
 
 }  // namespace
 
 extern const Kernels DUO_SYMBOL_OF(DUO_VARIANT);
 const Kernels DUO_SYMBOL_OF(DUO_VARIANT) = {
-    DUO_NAME_OF(DUO_VARIANT), decode,   prefill, merge, quantise, decode_floats,
-    prefill_floats,           partials,
+    .name = DUO_NAME_OF(DUO_VARIANT),
+    .decode = DUO_BASE::decode,
+    .prefill = prefill,
+    .merge = DUO_BASE::merge,
+    .quantise = DUO_BASE::quantise,
+    .decode_scratch_floats = DUO_BASE::decode_floats,
+    .prefill_scratch_floats = prefill_floats,
+    .partial_floats = DUO_BASE::partials,
 };
 
 }  // namespace duo

@@ -32,8 +32,8 @@ from vllm_duo.compat.pool_report import check_and_report, check_groups
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads.discovery import PUBLISHED, list_shipped
 from vllm_duo.kv_cache.layout import Layout
+from vllm_duo.kv_cache.rank_caches import rank_block_bytes
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
-from vllm_duo.kv_cache.tensor_parallel import rank_block_bytes
 
 HEAD_SIZE = 16
 POOL_BYTES = 2**28

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.planning.test_plan import write_model
+from tests.planning.models import write_model
 from vllm_duo.heads import HeadPattern
 from vllm_duo.heads.discovery import list_shipped
 

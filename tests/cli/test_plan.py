@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.planning.test_plan import write_model
+from tests.planning.models import write_model
 from vllm_duo.planning.schema import Plan
 
 PATTERN = "Meta-Llama-3.1-8B-Instruct"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
 from vllm.v1.outputs import DraftTokenIds
 
+from tests.messages import messages_of
 from vllm_duo.compat import draft_count
 from vllm_duo.compat.pool_report import LAYOUT
 
@@ -15,15 +15,10 @@ MANY = DraftTokenIds(["a", "b", "c"], [[1, 2, 3], [], [4]])
 
 
 @pytest.fixture
-def warnings():
-    """What the plugin logs; vLLM's loggers do not propagate."""
-    logger = logging.getLogger("vllm.vllm_duo.compat.draft_count")
-    found, handler = [], logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger.addHandler(handler)
+def warnings(monkeypatch):
+    """(level, text) of what the plugin logs."""
     draft_count._warn.cache_clear()
-    yield found
-    logger.removeHandler(handler)
+    return messages_of(draft_count, monkeypatch)
 
 
 @pytest.fixture
@@ -54,7 +49,8 @@ def test_the_rest_is_dropped_and_told_once(scheduler, warnings):
     for _ in range(2):
         found.update_draft_token_ids(MANY)
         assert found.given == DraftTokenIds(["a", "b", "c"], [[1, 2], [], [4]])
-    (text,) = warnings
+    ((level, text),) = warnings
+    assert level == "WARNING"
     assert text.startswith("a request got 3 drafts, expected at most num_speculative_tokens = 2: ")
 
 

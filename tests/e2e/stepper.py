@@ -9,8 +9,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tests.e2e.engine import answer_of
 from vllm_duo.kv_cache.integrity import check_integrity
-from vllm_duo.kv_cache.layout import cdiv
 from vllm_duo.kv_cache.manager import RingManager
+from vllm_duo.kv_cache.rounding import cdiv
 from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 
 MAX_STEPS = 2000

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.cases import fuzz, json_values, numbers, objects, words
-from tests.planning.test_plan import write_model
+from tests.planning.models import write_model
 from vllm_duo import HeadPattern
 from vllm_duo.heads.folder import CONFIG_NAME, TSV_NAME
 from vllm_duo.planning.plan import PlanRequest, plan_memory

@@ -16,7 +16,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from benchmarks.simulated_engine import SimulatedEngine
 from tests.kv_cache.shadow_worker import ShadowWorker
 from vllm_duo.kv_cache.integrity import check_integrity
-from vllm_duo.kv_cache.layout import cdiv
+from vllm_duo.kv_cache.rounding import cdiv
 
 WRONG = 1000
 """Added to a token that the model will sample, it is one that it will not."""

@@ -11,7 +11,7 @@ from vllm.v1.core import kv_cache_utils
 from benchmarks.simulated_config import SHAPES, cache_specs, make_config
 from benchmarks.simulated_engine import make_engine
 from tests.kv_cache.test_capacity import TOKENS, counted, settings_of
-from tests.planning.test_plan import write_model
+from tests.planning.models import write_model
 from vllm_duo import plugin
 from vllm_duo.planning.plan import PlanRequest, plan_memory
 from vllm_duo.planning.schema import LengthPlan, Plan

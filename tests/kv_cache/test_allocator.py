@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from vllm_duo.kv_cache.allocator import RingAllocator
-from vllm_duo.kv_cache.layout import StreamingSpan
+from vllm_duo.kv_cache.span import StreamingSpan
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.kv_cache.histories import History
 from tests.kv_cache.test_histories import history_of, patterns, run  # noqa: F401
-from vllm_duo.kv_cache.layout import StreamingSpan
+from vllm_duo.kv_cache.span import StreamingSpan
 from vllm_duo.kv_cache.spec import StreamingSpec
 
 

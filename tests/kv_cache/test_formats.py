@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_duo.kv_cache.formats import FORMATS
-from vllm_duo.kv_cache.layout import KVShape
+from vllm_duo.kv_cache.shape import KVShape
 from vllm_duo.ops.quantise import dequantise, quantise
 from vllm_duo.ops.quantise.reference import _rotate
 from vllm_duo.support import CACHE_DTYPES, UNQUANTISED_CACHE_DTYPES

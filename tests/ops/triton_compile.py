@@ -20,7 +20,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -117,7 +116,6 @@ def main():
     for arch, dtype, head_size, group, query_len, mask in json.loads(sys.argv[1]):
         launches = []
         capture(launches)
-        gpu._heads.clear()
         launch_all(getattr(torch, dtype), head_size, group, query_len, mask)
         for kernel, args, kwargs in launches:
             result = compile_launch(kernel, args, kwargs, GPUTarget("cuda", arch, 32))

@@ -7,7 +7,8 @@ import json
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.test_server_errors import REFUSED_MODELS, config_json
+from tests.server.configs import config_json
+from tests.server.refused import REFUSED_MODELS
 from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import DEFAULTS, read_checkpoint

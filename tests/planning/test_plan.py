@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from vllm_duo.heads import HeadPattern
+from tests.planning.models import GIB, TOKENS, by_length, checkered, write_model
 from vllm_duo.planning.plan import PlanRequest, plan_memory
 from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
 
-GIB = 2**30
-TOKENS = 32_768
 PLAN_MD = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
-
-
-def write_model(
-    folder: Path, layers: int, heads: int, kv_heads: int, hidden: int, **settings
-) -> str:
-    """A config.json as these models have it; head size 128 unless told."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "hidden_size": hidden,
-        "max_position_embeddings": 131_072,
-        "torch_dtype": "bfloat16",
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config | settings))
-    return str(folder)
-
-
-def checkered(folder: Path, layers: int, kv_heads: int) -> str:
-    """A pattern in which every other head is a retrieval head, shifted by one from layer to layer."""
-    layer, head = np.indices((layers, kv_heads))
-    HeadPattern(((layer + head) % 2).astype(float)).save(folder)
-    return str(folder)
-
-
-def by_length(plan: MemoryPlan, tokens: int) -> LengthPlan:
-    (found,) = (length for length in plan.by_length if length.tokens == tokens)
-    return found
 
 
 def test_llama_31_8b(tmp_path):
@@ -242,100 +207,6 @@ def test_four_bits_and_half_of_the_heads_hold_seven_times_the_tokens(tmp_path):
     assert plan.times_full_attention == pytest.approx(256 / 259 * 2, rel=1e-3)
 
 
-class TestLengths:
-    def plan(self, tmp_path, **settings) -> Plan:
-        return plan_memory(
-            PlanRequest(
-                **{
-                    "model": write_model(tmp_path, 32, 32, 8, 4096),
-                    "duo": {"pattern": "Meta-Llama-3.1-8B-Instruct"},
-                    "kv_cache_bytes": 100 * 8 * 2**20,  # 100 blocks
-                }
-                | settings
-            )
-        )
-
-    def test_model_length_is_the_default(self, tmp_path):
-        assert self.plan(tmp_path).settings.max_model_len == 131_072
-
-    def test_auto_is_what_fits(self, tmp_path):
-        # 99 blocks, 3 of them for the streaming heads.
-        assert self.plan(tmp_path, max_model_len="auto").settings.max_model_len == 96 * 128
-
-    def test_auto_is_at_most_the_models(self, tmp_path):
-        plan = self.plan(tmp_path, max_model_len="auto", kv_cache_bytes=1024 * GIB)
-        assert plan.settings.max_model_len == 131_072
-
-    def test_auto_needs_room_for_one_token(self, tmp_path):
-        with pytest.raises(ValueError, match="expected a pool for at least one token"):
-            self.plan(tmp_path, max_model_len="auto", kv_cache_bytes=2**20)
-
-    def test_pool_too_small_is_noted(self, tmp_path):
-        (note,) = self.plan(tmp_path).notes
-        assert note.endswith("would not start: the longest that fits has 12288 tokens")
-
-    def test_those_asked_for_and_the_longest(self, tmp_path):
-        plan = self.plan(tmp_path, lengths=(5000, 100), max_model_len=8192)
-        assert [length.tokens for length in plan.by_length] == [100, 5000, 8192]
-
-    def test_doubles_by_default(self, tmp_path):
-        plan = self.plan(tmp_path, max_model_len=5000)
-        assert [length.tokens for length in plan.full.by_length] == [1024, 2048, 4096, 5000]
-
-    def test_sizes_beyond_the_longest_request_are_cut_to_it(self, tmp_path):
-        # 100 tokens are one block of both classes.
-        plan = self.plan(tmp_path, max_model_len=100)
-        assert by_length(plan, 100).blocks == 2
-
-
-class TestDrafts:
-    def plan(self, tmp_path, **settings) -> Plan:
-        return plan_memory(
-            PlanRequest(
-                model=write_model(tmp_path / "model", 32, 32, 8, 4096),
-                duo={"pattern": "Meta-Llama-3.1-8B-Instruct"},
-                kv_cache_bytes=40 * GIB,
-                max_model_len=TOKENS,
-                **settings,
-            )
-        )
-
-    def test_rings_are_longer(self, tmp_path):
-        """320 tokens and 64 drafts are 3 blocks of 128; another draft is one more."""
-        assert by_length(self.plan(tmp_path, num_speculative_tokens=64), TOKENS).blocks == 259
-        assert by_length(self.plan(tmp_path, num_speculative_tokens=65), TOKENS).blocks == 260
-
-    def test_a_draft_models_tokens_stay(self, tmp_path):
-        """16 layers x 8 heads of 64: 128 heads of 256 bytes a token, beside 128 of 512.
-
-        A block of 128 tokens is 12 MiB, 3,413 of them in 40 GiB. It has 12 MiB / 64 KiB = 192
-        streaming tokens, so 324 slots are 2 blocks.
-        """
-        draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
-        plan = self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft)
-        assert plan.bytes_per_token == 128 * 512 + 128 * 256
-        assert (plan.block_bytes, plan.num_blocks) == (12 * 2**20, 3413)
-        assert plan.concurrent_requests == 3412 / 258
-        assert plan.full.bytes_per_token == 256 * 512 + 128 * 256
-        # 20 MiB a block of stock's.
-        assert plan.full.concurrent_requests == 2047 / 256
-        assert plan.settings.draft_model == draft
-
-    def test_a_draft_model_that_the_server_refuses(self, tmp_path):
-        draft = write_model(
-            tmp_path / "draft", 16, 32, 8, 2048, model_type="mistral", sliding_window=64
-        )
-        with pytest.raises(NotImplementedError, match="the draft model: the model's own sliding"):
-            self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft)
-
-    def test_a_draft_model_over_several_ranks_is_what_the_server_refuses(self, tmp_path):
-        draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
-        settings = {"num_speculative_tokens": 4, "tensor_parallel_size": 2}
-        with pytest.raises(NotImplementedError, match="the draft model: --tensor-parallel-size 2"):
-            self.plan(tmp_path, draft_model=draft, **settings)
-        assert self.plan(tmp_path, **settings).settings.num_speculative_tokens == 4
-
-
 def test_all_heads_streaming_fits_any_length(tmp_path):
     plan = plan_memory(
         PlanRequest(
@@ -363,103 +234,3 @@ def test_documented_fields_are_the_real_ones():
     documented = {line.split("`")[1] for line in PLAN_MD.read_text().splitlines() if "| `" in line}
     models = (LengthPlan, MemoryPlan, Plan, PlanSettings)
     assert documented == {name for model in models for name in model.model_fields}
-
-
-class TestSlidingWindows:
-    """Layers with a window of the model's own."""
-
-    def test_mistral_7b_v01(self, tmp_path):
-        """32 layers x 8 heads, all with a window of 4,096 tokens; no pattern, nothing to choose.
-
-        A run of 4,096 tokens is 32 blocks of 128 tokens of 256 heads, 16 MiB each: 2,560 in 40 GiB.
-        Stock vLLM keeps the same window.
-        """
-        plan = plan_memory(
-            PlanRequest(
-                model=write_model(
-                    tmp_path, 32, 32, 8, 4096, model_type="mistral", sliding_window=4096
-                ),
-                kv_cache_bytes=40 * GIB,
-                max_model_len=TOKENS,
-            )
-        )
-        assert (plan.settings.sparsity, plan.settings.pattern) == (1.0, "none")
-        assert (plan.settings.sliding_layers, plan.settings.sliding_window) == (32, 4096)
-        assert (plan.bytes_per_token, plan.constant_bytes_per_request) == (0, 256 * 4096 * 512)
-        assert (plan.block_bytes, plan.window_block_sizes) == (16 * 2**20, [128])
-        assert plan.concurrent_requests == 2559 / 32 == plan.full.concurrent_requests
-        assert plan.longest_request_tokens is None
-        assert plan.waste == 0.0
-        assert by_length(plan, 1024).blocks == 8
-        assert "duo holds what the model itself keeps" in plan.notes[0]
-
-    def test_window_as_long_as_the_longest_request(self, tmp_path):
-        """It hides nothing, so the pattern chooses heads in every layer."""
-        plan = plan_memory(
-            PlanRequest(
-                model=write_model(
-                    tmp_path, 32, 32, 8, 4096, model_type="mistral", sliding_window=4096
-                ),
-                duo={"pattern": "Mistral-7B-Instruct-v0.2"},
-                kv_cache_bytes=40 * GIB,
-                max_model_len=4096,
-            )
-        )
-        assert plan.settings.sliding_layers == 0
-        assert plan.bytes_per_token == 128 * 512
-
-    def test_gemma_3_27b_shape(self, tmp_path):
-        """62 layers x 16 heads of 128; every sixth of them, so 10, keeps all, half of their heads.
-
-        A block of 128 tokens of 80 heads is 5 MiB, 8,192 of them in 40 GiB, and 10,240 tokens of a
-        head. 80 heads that keep 320 tokens: one bin, 128 tokens a block, 3 blocks. 52 x 16 = 832
-        heads that keep 1,024: one bin, 12 tokens a block, 86 blocks (85.3 filled). 32,768 tokens:
-        256 + 3 + 86.
-        Stock, all heads of the 10 layers paged: 160 heads, 10 MiB, 4,096 blocks, 24 tokens of 832
-        heads: 43 blocks (ceil of 1,024 / 24), and 256.
-        """
-        plan = plan_memory(
-            PlanRequest(
-                model=write_model(
-                    tmp_path / "model",
-                    62,
-                    32,
-                    16,
-                    5376,
-                    model_type="gemma3_text",
-                    head_dim=128,
-                    sliding_window=1024,
-                ),
-                duo={"pattern": checkered(tmp_path / "pattern", 62, 16)},
-                kv_cache_bytes=40 * GIB,
-                max_model_len=TOKENS,
-            )
-        )
-        assert (plan.settings.sliding_layers, plan.settings.sliding_window) == (52, 1024)
-        assert plan.settings.sparsity == pytest.approx((832 + 80) / 992)
-        assert plan.bytes_per_token == 80 * 512
-        assert plan.constant_bytes_per_request == (80 * 320 + 832 * 1024) * 512
-        assert (plan.block_bytes, plan.num_blocks) == (5 * 2**20, 8192)
-        assert (plan.streaming_block_size, plan.window_block_sizes) == (128, [12])
-        assert plan.streaming_blocks_per_request == 3 + 86
-        assert plan.concurrent_requests == 8191 / (256 + 3 + 86)
-        assert plan.longest_request_tokens == (8191 - 89) * 128
-        needed = (80 * (TOKENS + 320) + 832 * 1024) * 512
-        assert plan.waste == pytest.approx(1 - needed / (345 * 5 * 2**20))
-        assert plan.full.constant_bytes_per_request == 832 * 1024 * 512
-        assert plan.full.concurrent_requests == 4095 / (256 + 43)
-        assert "52 of 62 layers slide over 1024 tokens" in plan.notes[0]
-
-    def test_auto_length_of_a_model_that_slides(self, tmp_path):
-        """The pool holds less than the window: the window is in force all the same, as in a server."""
-        plan = plan_memory(
-            PlanRequest(
-                model=write_model(
-                    tmp_path, 32, 32, 8, 4096, model_type="mistral", sliding_window=4096
-                ),
-                kv_cache_bytes=17 * 16 * 2**20,
-                max_model_len="auto",
-            )
-        )
-        assert plan.settings.max_model_len == 16 * 128
-        assert plan.settings.sliding_layers == 32

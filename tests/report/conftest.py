@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.evaluate.test_run import evaluated, finds_the_needle  # noqa: F401 - a fixture
-from tests.planning.test_plan import write_model
+from tests.planning.models import write_model
 from vllm_duo import HeadPattern
 from vllm_duo.planning.plan import PlanRequest, plan_memory
 

@@ -26,7 +26,7 @@ from vllm_duo.attention.specs import (
 )
 from vllm_duo.drafts import is_draft_model
 from vllm_duo.kv_cache.formats import FORMATS
-from vllm_duo.kv_cache.layout import MAX_GROUPS
+from vllm_duo.kv_cache.packing import MAX_GROUPS
 from vllm_duo.logging import get_logger
 from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import HeadMap, LayerCaches, PagedTable, RingTable

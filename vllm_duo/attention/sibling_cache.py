@@ -19,7 +19,7 @@ SUFFIX = ".duo_stream"
 
 UNUSED_SUFFIX = ".duo_unused"
 """The same, with a group's index behind it, for a cache that stands in for heads of other ranks
-(``kv_cache/tensor_parallel.py``)."""
+(``kv_cache/rank_caches.py``)."""
 
 
 class SiblingCache(AttentionLayerBase):

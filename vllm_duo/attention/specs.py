@@ -10,9 +10,9 @@ from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
 from vllm_duo.drafts import Drafts
-from vllm_duo.kv_cache.formats import FORMATS
+from vllm_duo.kv_cache.formats import row_bytes
+from vllm_duo.kv_cache.rank_caches import rank_caches
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
-from vllm_duo.kv_cache.tensor_parallel import rank_caches
 from vllm_duo.server_plan import ServerPlan, resolve_plan
 
 if TYPE_CHECKING:
@@ -113,21 +113,20 @@ def _spec_of_bin(
 
 def _quantised(layer: CachedLayer) -> dict[str, Any]:
     """What vLLM's specs say of a quantised cache: how, and the bytes of a token in one head."""
-    form = FORMATS.get(layer.kv_cache_dtype)
-    if form is None:
+    content = row_bytes(layer.kv_cache_dtype, layer.head_size)
+    if content is None:
         return {}
     return {
         "kv_quant_mode": get_kv_quant_mode(layer.kv_cache_dtype),
-        "state_content_bytes": form.row_bytes(layer.head_size),
+        "state_content_bytes": content,
     }
 
 
 def _layout(layer: CachedLayer, vllm_config: VllmConfig) -> Layout:
-    form = FORMATS.get(layer.kv_cache_dtype)
     return plan_of(vllm_config).layout(
         head_size=layer.head_size,
         dtype_bytes=get_dtype_size(layer.kv_cache_torch_dtype),
-        row_bytes=form.row_bytes(layer.head_size) if form else None,
+        row_bytes=row_bytes(layer.kv_cache_dtype, layer.head_size),
         block_size=vllm_config.cache_config.block_size,
         max_model_len=vllm_config.model_config.max_model_len,
         drafts=Drafts.of(vllm_config),

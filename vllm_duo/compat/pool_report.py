@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_duo.drafts import DRAFT_MODEL, Drafts
 from vllm_duo.kv_cache.capacity import Capacity
-from vllm_duo.kv_cache.tensor_parallel import rank_block_bytes, rank_caches
+from vllm_duo.kv_cache.rank_caches import rank_block_bytes, rank_caches
 from vllm_duo.logging import get_logger
 
 if TYPE_CHECKING:

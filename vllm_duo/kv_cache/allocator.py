@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from vllm_duo.kv_cache.layout import ANY_LENGTH, StreamingSpan
+from vllm_duo.kv_cache.span import ANY_LENGTH, StreamingSpan
 
 
 class Block(Protocol):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_duo.kv_cache.layout import ANY_LENGTH, Layout
+from vllm_duo.kv_cache.layout import Layout
+from vllm_duo.kv_cache.span import ANY_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)

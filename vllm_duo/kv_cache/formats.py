@@ -64,3 +64,9 @@ FORMATS = {
     "int4_per_token_head": CacheFormat(number="int4", token_scales=True),
 }
 """By vLLM's ``--kv-cache-dtype``."""
+
+
+def row_bytes(kv_cache_dtype: str, head_size: int) -> int | None:
+    """``CacheFormat.row_bytes`` by vLLM's ``--kv-cache-dtype``; None: the cache is not quantised."""
+    form = FORMATS.get(kv_cache_dtype)
+    return None if form is None else form.row_bytes(head_size)

@@ -9,10 +9,22 @@ each, through what each kind can make of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from vllm_duo.kv_cache.packing import Bins, spread_ranks
+from vllm_duo.kv_cache.packing import MAX_BINS, Bins, spread_ranks
+from vllm_duo.kv_cache.rounding import cdiv
+from vllm_duo.kv_cache.search import Choice
+from vllm_duo.kv_cache.shape import KVShape
+from vllm_duo.kv_cache.span import StreamingSpan
+from vllm_duo.windows import Windows
+
+WINDOW_TOLERANCE = 0.01
+"""Held bytes that one bin less may cost, as a share.
+
+More than ``search.HELD_TOLERANCE``: models with sliding-window layers of their own have more bins to
+begin with, each costs time in every step, and a window is a large part of what a request holds.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +81,7 @@ class Packed:
 
     def blocks(self, num_tokens: int) -> int:
         """Blocks that a request of ``num_tokens`` tokens holds in all of the kind's bins."""
-        return len(self.bins) * -(-min(num_tokens, self.slots) // self.streaming_block)
+        return len(self.bins) * cdiv(min(num_tokens, self.slots), self.streaming_block)
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,74 @@ class JointChoice:
         return sum(len(packed.bins) for packed in self.kinds)
 
 
-def search(kinds: Sequence[Kind], pool: Pool) -> JointChoice:
+def search_windows(
+    ranks: Sequence[KVShape],
+    block_size: int,
+    span: StreamingSpan,
+    windows: Windows,
+    reference_tokens: int,
+) -> Choice:
+    """``search.search`` for a model whose layers have windows of their own.
+
+    Args:
+        ranks: KV heads by class, of each rank.
+        block_size: ``P_r``, in tokens.
+        span: what the pattern's streaming heads keep; its ``block_size`` is not read.
+        windows: one entry per layer; all heads of a layer with one stream.
+        reference_tokens: request length to compare at, in tokens.
+    """
+    kept = [
+        span if window is None else replace(span, sink_size=0, recent_size=window)
+        for window in windows
+    ]
+    kinds: dict[StreamingSpan, Kind] = {}
+    for kind in dict.fromkeys([span, *kept]):
+        widths = tuple(
+            tuple(
+                heads if own == kind else 0
+                for heads, own in zip(rank.streaming_heads, kept, strict=True)
+            )
+            for rank in ranks
+        )
+        if any(map(any, widths)):
+            kinds[kind] = Kind(kind.slots, widths)
+    head_bytes = ranks[0].token_bytes
+    paged = max(rank.paged_token_bytes for rank in ranks)
+    streaming = max(rank.num_streaming for rank in ranks) * head_bytes
+    loads = {
+        (rank.num_retrieval, *(sum(kind.widths[index]) for kind in kinds.values()))
+        for index, rank in enumerate(ranks)
+    }
+    choice = _search(
+        list(kinds.values()),
+        Pool(
+            head_bytes=head_bytes,
+            paged_bytes=paged * block_size,
+            stock_bytes=(paged + streaming) * block_size,
+            block_size=block_size,
+            reference_tokens=reference_tokens,
+            tolerance=WINDOW_TOLERANCE,
+            max_bins=MAX_BINS,
+            bounded=len(loads) == 1,
+        ),
+    )
+    sizes = {kind: packed.streaming_block for kind, packed in zip(kinds, choice.kinds, strict=True)}
+    bins = [
+        (layers, replace(kind, block_size=sizes[kind]))
+        for kind, packed in zip(kinds, choice.kinds, strict=True)
+        for layers in packed.bins
+    ]
+    bins.sort(key=lambda item: item[0])
+    return Choice(
+        # Without heads of the pattern's that stream, its blocks are of no consequence.
+        span=replace(span, block_size=sizes.get(span, 1)),
+        bins=tuple(layers for layers, _ in bins),
+        block_bytes=choice.block_bytes,
+        bin_spans=tuple(own for _, own in bins),
+    )
+
+
+def _search(kinds: Sequence[Kind], pool: Pool) -> JointChoice:
     """The candidate with fewest bins among those of about the least bytes, then that with least bytes.
 
     As in ``plan_layout``: first come those with which no request holds more than with all heads paged
@@ -147,8 +226,8 @@ def _worthwhile_bytes(
     """
     found = {pool.paged_bytes} if pool.paged_bytes else set()
     for kind, packed in zip(kinds, packings, strict=True):
-        most = kind.slots if pool.paged_bytes else -(-kind.slots // pool.block_size)
-        sizes = {-(-kind.slots // count) for count in range(1, most + 1)}
+        most = kind.slots if pool.paged_bytes else cdiv(kind.slots, pool.block_size)
+        sizes = {cdiv(kind.slots, count) for count in range(1, most + 1)}
         for _, width in packed if pool.paged_bytes else packed[:1]:
             found |= {width * pool.head_bytes * size for size in sizes}
     least, most = pool.paged_bytes, max(pool.paged_bytes, pool.stock_bytes)
@@ -174,7 +253,7 @@ def _candidates(
                 if not useful or held < useful[-1].blocks(pool.reference_tokens):
                     useful.append(found)
         choices.append(useful)
-    paged = -(-pool.reference_tokens // pool.block_size) if pool.paged_bytes else 0
+    paged = cdiv(pool.reference_tokens, pool.block_size) if pool.paged_bytes else 0
     for together in product(*choices):
         if sum(len(packed.bins) for packed in together) <= pool.max_bins:
             blocks = paged + sum(packed.blocks(pool.reference_tokens) for packed in together)
@@ -192,10 +271,10 @@ def _is_within_stock(choice: JointChoice, pool: Pool) -> bool:
     lengths = {
         full * packed.streaming_block + 1
         for packed in choice.kinds
-        for full in range(-(-packed.slots // packed.streaming_block))
+        for full in range(cdiv(packed.slots, packed.streaming_block))
     }
     for num_tokens in lengths:
-        paged = -(-num_tokens // pool.block_size)
+        paged = cdiv(num_tokens, pool.block_size)
         blocks = sum(packed.blocks(num_tokens) for packed in choice.kinds)
         blocks += paged * bool(pool.paged_bytes)
         if (blocks - groups) * choice.block_bytes > paged * pool.stock_bytes:

@@ -15,8 +15,17 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from operator import add, mul, sub
 
+from vllm_duo.kv_cache.rounding import cdiv
+
 Bins = tuple[tuple[int, ...], ...]
 """Per bin, its layer indices in ascending order; bins by their first layer."""
+
+MAX_BINS = 16
+"""Most bins of a layout. Each is a KV cache group that the scheduler and the workers walk through
+in every step; only patterns with hardly any retrieval heads would fill more."""
+
+MAX_GROUPS = 1 + MAX_BINS
+"""Most KV cache groups: that of the retrieval heads and the bins."""
 
 SEARCH_STEPS = 400
 """Partial fillings that ``fit_bins`` tries before it gives a packing up.
@@ -49,7 +58,7 @@ def pack_bins(widths: Sequence[int], capacity: int) -> Bins:
             "least the widest layer; widen the block"
         )
     total = sum(widths)
-    num_bins = -(-total // capacity) if total else 0
+    num_bins = cdiv(total, capacity) if total else 0
     while True:
         bins = fit_bins(widths, capacity, num_bins)
         if bins is not None:
@@ -83,7 +92,7 @@ def least_capacity(widths: Sequence[int], num_bins: int) -> int:
     Worked example: widths (3, 0, 2, 1, 2) are 8 heads. Two bins: 8 / 2 = 4. Five bins: the widest
     layer, 3.
     """
-    return max(-(-sum(widths) // num_bins), max(widths, default=0))
+    return max(cdiv(sum(widths), num_bins), max(widths, default=0))
 
 
 def spread_ranks(ranks: Sequence[Sequence[int]], num_bins: int) -> Bins:

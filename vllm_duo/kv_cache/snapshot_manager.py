@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 
-from vllm_duo.kv_cache.layout import cdiv
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.kv_cache.orders import SnapshotOrder
+from vllm_duo.kv_cache.rounding import cdiv
 from vllm_duo.kv_cache.snapshot_events import mark_group, tell_stored
 from vllm_duo.kv_cache.snapshot_policy import Reason, SnapshotPolicy
 from vllm_duo.kv_cache.snapshots import Snapshot, SnapshotPool, find_snapshot

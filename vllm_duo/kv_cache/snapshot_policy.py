@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from vllm_duo.kv_cache.layout import cdiv
+from vllm_duo.kv_cache.rounding import cdiv
 
 
 class Reason(Enum):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
-from vllm_duo.kv_cache.layout import StreamingSpan
+from vllm_duo.kv_cache.span import StreamingSpan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -21,8 +21,21 @@ BoolArray = npt.NDArray[np.bool_]
 _Value = TypeVar("_Value")
 
 
+class Memo:
+    """Keeps what the kernels derive from it, as long as it lives itself."""
+
+    _memo: dict[Hashable, Any]
+
+    def memo(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """The derived value of that name, made when it is first asked for."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        value: _Value = self._memo[key]
+        return value
+
+
 @dataclass(frozen=True, eq=False)
-class HeadMap:
+class HeadMap(Memo):
     """Which KV heads of a layer belong to which class; weights and head order stay as they are.
 
     Attributes:
@@ -32,6 +45,7 @@ class HeadMap:
 
     retrieval: torch.Tensor
     streaming: torch.Tensor
+    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_mask(cls, retrieval: npt.NDArray[np.bool_], device: torch.device) -> HeadMap:
@@ -53,8 +67,8 @@ class HeadMap:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """The requests of one step, decodes first.
+class Batch(Memo):
+    """The requests of one step, decodes first; what is derived of them is shared by all layers.
 
     A request's *context* is what the caches hold before the step; its *chunk* is what the step adds.
 
@@ -71,7 +85,7 @@ class Batch:
     num_decodes: int
     host_query_start_loc: IntArray
     host_seq_lens: IntArray
-    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_host(
@@ -116,13 +130,6 @@ class Batch:
     def context_lens(self) -> IntArray:
         """[B], context length of each request, in tokens."""
         return self.host_seq_lens - self.query_lens
-
-    def memo(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
-        """Keep a derived value for the step, so that all layers share the work."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        value: _Value = self._memo[key]
-        return value
 
 
 @dataclass(frozen=True, eq=False)

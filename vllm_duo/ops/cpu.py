@@ -9,7 +9,6 @@ references were selected.
 from __future__ import annotations
 
 import os
-import weakref
 
 import torch
 
@@ -68,8 +67,6 @@ _FORMATS = {
     ("int4", True): _cpu.SCALED_INT4,
 }
 
-_heads: weakref.WeakKeyDictionary[HeadMap, _cpu.Heads] = weakref.WeakKeyDictionary()
-
 
 def runs(tensor: torch.Tensor) -> bool:
     """Whether the compiled kernels serve this tensor."""
@@ -106,10 +103,9 @@ def run(
     Raises:
         ValueError: shapes, dtypes, strides or tables disagree.
     """
-    native_heads = _heads.get(heads)
-    if native_heads is None:
-        native_heads = _cpu.Heads(heads.retrieval.tolist(), heads.streaming.tolist())
-        _heads[heads] = native_heads
+    native_heads = heads.memo(
+        "native", lambda: _cpu.Heads(heads.retrieval.tolist(), heads.streaming.tolist())
+    )
     native_batch = batch.memo(
         "native",
         lambda: _cpu.Batch(batch.host_query_start_loc.tolist(), batch.host_seq_lens.tolist()),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -100,11 +99,6 @@ def rows_from(arguments: ClassArguments, first: int) -> ClassArguments:
     return replace(arguments, table=arguments.table[first:]) if arguments.count else arguments
 
 
-_heads: weakref.WeakKeyDictionary[HeadMap, tuple[torch.Tensor, torch.Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def class_arguments(
     heads: HeadMap,
     caches: LayerCaches,
@@ -122,9 +116,9 @@ def class_arguments(
         retrieval: whether the retrieval heads take part.
         streaming: whether the streaming heads take part.
     """
-    if heads not in _heads:
-        _heads[heads] = heads.retrieval.int(), heads.streaming.int()
-    of_retrieval, of_streaming = _heads[heads]
+    of_retrieval, of_streaming = heads.memo(
+        "int32", lambda: (heads.retrieval.int(), heads.streaming.int())
+    )
     return (
         _arguments(of_retrieval, caches.retrieval, caches.paged, stand_in, retrieval),
         _arguments(of_streaming, caches.streaming, caches.ring, stand_in, streaming),

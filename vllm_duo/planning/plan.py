@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vllm_duo.config import SECTION
 from vllm_duo.drafts import Drafts
 from vllm_duo.kv_cache.capacity import Capacity
-from vllm_duo.kv_cache.formats import FORMATS
+from vllm_duo.kv_cache.formats import FORMATS, row_bytes
 from vllm_duo.kv_cache.layout import Layout
 from vllm_duo.model_facts import draft_refusals, model_refusals
 from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
@@ -91,14 +91,13 @@ def plan_memory(request: PlanRequest) -> Plan:
         in_force(facts.windows or (), longest),
     )
     dtype = _dtype(request, checkpoint)
-    form = FORMATS.get(request.kv_cache_dtype)
     drafts = _drafts(request, dtype)
     layout = server.layout(
         head_size=facts.head_size,
         block_size=request.block_size,
         max_model_len=longest,
         dtype_bytes=DTYPE_BYTES[dtype],
-        row_bytes=form.row_bytes(facts.head_size) if form else None,
+        row_bytes=row_bytes(request.kv_cache_dtype, facts.head_size),
         drafts=drafts,
     )
     if request.max_model_len == "auto":

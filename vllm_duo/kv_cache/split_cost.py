@@ -1,83 +1,14 @@
-"""What each rank keeps of a layout, and what splitting the heads over ranks and stages costs.
-
-One scheduler makes the block tables of all ranks, so they have the same groups: that of the retrieval
-heads and the bins. Which layers have a cache in a group differs from rank to rank.
-"""
+"""What splitting the heads over tensor-parallel ranks and pipeline stages costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 
 WORTH_A_HINT = 0.01
 """Loss by uneven ranks from which on the log names the setting that avoids it, as a share."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankCaches:
-    """The caches of one rank.
-
-    A group without heads of this rank has one unused cache of one head, in the rank's first layer:
-    vLLM's groups may not be empty. It costs nothing, since some rank has at least as wide a cache
-    there and all ranks hold as many blocks.
-
-    Attributes:
-        groups: the heads of each cache by layer, of each KV cache group: that of the retrieval heads,
-            if any rank has some, then the bins.
-        unused: the groups, by index, whose only cache stands in for heads of other ranks.
-    """
-
-    groups: tuple[Mapping[int, int], ...]
-    unused: frozenset[int]
-
-
-def rank_caches(layout: Layout, rank: int) -> RankCaches:
-    """The caches that a rank keeps.
-
-    Args:
-        layout: of all ranks.
-        rank: from 0, as in ``layout.ranks``.
-
-    Worked examples. Tensor parallelism, two layers whose heads all lie on rank 0 if they stream and
-    on rank 1 if they do not: rank 0 has two streaming caches and an unused retrieval cache in layer 0,
-    rank 1 two retrieval caches and, for each bin, an unused streaming cache in layer 0. Pipeline
-    parallelism, layers 0 and 1 stream and 2 and 3 do not, two stages of two layers: stage 0 has two
-    streaming caches and an unused retrieval cache in layer 0, stage 1 two retrieval caches and, for
-    each bin, an unused streaming cache in layer 2.
-    """
-    own = layout.ranks[rank]
-    groups = [_heads(own.streaming_heads, layers) for layers in layout.bins]
-    if layout.has_retrieval:
-        groups.insert(0, _heads(own.retrieval_heads, range(len(own.retrieval_heads))))
-    unused = frozenset(
-        index
-        for index, group in enumerate(groups)
-        if not group and not (index == 0 and layout.has_retrieval and own.draft_token_bytes)
-    )
-    for index in unused:
-        groups[index] = {own.first_layer: 1}
-    return RankCaches(groups=tuple(groups), unused=unused)
-
-
-def _heads(heads: Sequence[int], layers: Iterable[int]) -> dict[int, int]:
-    return {layer: heads[layer] for layer in layers if heads[layer]}
-
-
-def rank_block_bytes(layout: Layout, rank: int) -> int:
-    """Bytes of a pool block on one rank: its widest group's; ``layout.block_bytes`` on the widest rank.
-
-    Worked example: 3 retrieval heads on rank 0 and 5 on rank 1, 16 tokens a block and narrow bins: 48
-    and 80 tokens of a head.
-    """
-    groups, own = rank_caches(layout, rank).groups, layout.ranks[rank]
-    widths = [sum(group.values()) * own.token_bytes for group in groups]
-    tokens = [span.block_size for span in layout.spans]
-    if layout.has_retrieval:
-        widths[0] += own.draft_token_bytes
-        tokens.insert(0, layout.block_size)
-    return max(width * size for width, size in zip(widths, tokens, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

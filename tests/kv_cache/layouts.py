@@ -1,0 +1,83 @@
+"""Layouts for the tests of their arithmetic: shapes by hand, by hypothesis, of the shipped patterns."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from vllm_duo.heads import HeadPattern
+from vllm_duo.heads.discovery import PUBLISHED
+from vllm_duo.kv_cache.layout import Layout, plan_layout
+from vllm_duo.kv_cache.shape import KVShape
+
+lengths = st.integers(1, 5000)
+shapes = st.builds(
+    lambda heads, head_size, dtype_bytes, draft_token_bytes: KVShape(
+        retrieval_heads=tuple(retrieval for retrieval, _ in heads),
+        streaming_heads=tuple(streaming for _, streaming in heads),
+        head_size=head_size,
+        dtype_bytes=dtype_bytes,
+        draft_token_bytes=draft_token_bytes,
+    ),
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(any), min_size=1, max_size=12),
+    st.sampled_from([16, 128]),
+    st.sampled_from([2, 4]),
+    # A draft model's heads need not be as wide as the others.
+    st.sampled_from([0, 0, 96, 1536]),
+)
+plans = st.builds(
+    plan_layout,
+    shapes,
+    block_size=st.sampled_from([1, 8, 16, 48, 128]),
+    sink_size=st.integers(0, 70),
+    recent_size=st.integers(1, 300),
+    draft_size=st.integers(0, 8),
+    reference_tokens=st.sampled_from([1, 300, 4096, 32_768]),
+)
+
+
+def shape_of(retrieval: list[int], streaming: list[int], drafts: int = 0) -> KVShape:
+    return KVShape(
+        retrieval_heads=tuple(retrieval),
+        streaming_heads=tuple(streaming),
+        head_size=16,
+        dtype_bytes=4,
+        draft_token_bytes=drafts,
+    )
+
+
+def shipped_layout(
+    name: str,
+    sparsity: float,
+    block_size: int,
+    *,
+    tensor_parallel_size: int = 1,
+    balance: bool = False,
+) -> Layout:
+    selection = HeadPattern.load(PUBLISHED / name).select(
+        sparsity=sparsity, balance_ranks=tensor_parallel_size if balance else 1
+    )
+    ranks = KVShape.split(
+        selection.retrieval,
+        head_size=128,
+        dtype_bytes=2,
+        tensor_parallel_size=tensor_parallel_size,
+    )
+    return plan_layout(ranks, block_size=block_size, sink_size=64, recent_size=256)
+
+
+def is_within_stock(layout: Layout, num_tokens: int) -> bool:
+    """At most what stock vLLM holds and one block a group."""
+    allowed = layout.full_attention_bytes(num_tokens) + layout.num_groups * layout.block_bytes
+    return layout.held_bytes(num_tokens) <= allowed
+
+
+def partitions(layers: list[int]):
+    """All ways of putting layers into bins."""
+    if not layers:
+        yield []
+        return
+    first, rest = layers[0], layers[1:]
+    for bins in partitions(rest):
+        yield [[first], *bins]
+        for place in range(len(bins)):
+            yield [*bins[:place], [first, *bins[place]], *bins[place + 1 :]]

@@ -1,0 +1,57 @@
+"""What speculative decoding adds to a plan, against sums done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.planning.models import GIB, TOKENS, by_length, write_model
+from vllm_duo.planning.plan import PlanRequest, plan_memory
+from vllm_duo.planning.schema import Plan
+
+
+class TestDrafts:
+    def plan(self, tmp_path, **settings) -> Plan:
+        return plan_memory(
+            PlanRequest(
+                model=write_model(tmp_path / "model", 32, 32, 8, 4096),
+                duo={"pattern": "Meta-Llama-3.1-8B-Instruct"},
+                kv_cache_bytes=40 * GIB,
+                max_model_len=TOKENS,
+                **settings,
+            )
+        )
+
+    def test_rings_are_longer(self, tmp_path):
+        """320 tokens and 64 drafts are 3 blocks of 128; another draft is one more."""
+        assert by_length(self.plan(tmp_path, num_speculative_tokens=64), TOKENS).blocks == 259
+        assert by_length(self.plan(tmp_path, num_speculative_tokens=65), TOKENS).blocks == 260
+
+    def test_a_draft_models_tokens_stay(self, tmp_path):
+        """16 layers x 8 heads of 64: 128 heads of 256 bytes a token, beside 128 of 512.
+
+        A block of 128 tokens is 12 MiB, 3,413 of them in 40 GiB. It has 12 MiB / 64 KiB = 192
+        streaming tokens, so 324 slots are 2 blocks.
+        """
+        draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
+        plan = self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft)
+        assert plan.bytes_per_token == 128 * 512 + 128 * 256
+        assert (plan.block_bytes, plan.num_blocks) == (12 * 2**20, 3413)
+        assert plan.concurrent_requests == 3412 / 258
+        assert plan.full.bytes_per_token == 256 * 512 + 128 * 256
+        # 20 MiB a block of stock's.
+        assert plan.full.concurrent_requests == 2047 / 256
+        assert plan.settings.draft_model == draft
+
+    def test_a_draft_model_that_the_server_refuses(self, tmp_path):
+        draft = write_model(
+            tmp_path / "draft", 16, 32, 8, 2048, model_type="mistral", sliding_window=64
+        )
+        with pytest.raises(NotImplementedError, match="the draft model: the model's own sliding"):
+            self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft)
+
+    def test_a_draft_model_over_several_ranks_is_what_the_server_refuses(self, tmp_path):
+        draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
+        settings = {"num_speculative_tokens": 4, "tensor_parallel_size": 2}
+        with pytest.raises(NotImplementedError, match="the draft model: --tensor-parallel-size 2"):
+            self.plan(tmp_path, draft_model=draft, **settings)
+        assert self.plan(tmp_path, **settings).settings.num_speculative_tokens == 4

@@ -1,0 +1,61 @@
+"""config.json files of models that a server is asked to serve, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+PATTERN = "0.0\t1.0\n1.0\t0.25\n"  # 2 layers, 2 KV heads
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+}
+
+
+def config_json(architecture: str, model_type: str, **settings) -> dict:
+    return {"architectures": [architecture], "model_type": model_type, **SIZES, **settings}
+
+
+LLAMA = config_json("LlamaForCausalLM", "llama")
+MISTRAL = config_json("MistralForCausalLM", "mistral", sliding_window=32)
+GEMMA_2 = config_json("Gemma2ForCausalLM", "gemma2", head_dim=16, sliding_window=32)
+GEMMA_3 = config_json(
+    "Gemma3ForCausalLM", "gemma3_text", head_dim=16, sliding_window=32, sliding_window_pattern=2
+)
+GEMMA_3N = config_json("Gemma3nForCausalLM", "gemma3n_text", head_dim=16, sliding_window=32)
+FULL = {"layer_types": ["full_attention", "full_attention"]}
+LLAMA_4 = config_json("Llama4ForCausalLM", "llama4_text", head_dim=16, num_local_experts=2)
+CHUNKED = {"attention_chunk_size": 64, "layer_types": ["chunked_attention", "full_attention"]}
+BLOOM = config_json("BloomForCausalLM", "bloom", n_layer=2, n_head=4, seq_length=256)
+FALCON = config_json("FalconForCausalLM", "falcon", alibi=True)
+GPT_OSS = config_json("GptOssForCausalLM", "gpt_oss", head_dim=16, num_local_experts=2)
+WINDOWED = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+JAMBA = config_json("JambaForCausalLM", "jamba", attn_layer_period=2, attn_layer_offset=1)
+DEEPSEEK = config_json("DeepseekV2ForCausalLM", "deepseek_v2", n_routed_experts=2, q_lora_rank=None)
+MLA = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+WHISPER = config_json("WhisperForConditionalGeneration", "whisper", d_model=64)
+ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 4, "max_source_positions": 64}
+DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "max_target_positions": 256}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
+
+
+def draft_model(folder: Path, config: dict = LLAMA, size: int = 2, **settings) -> dict:
+    """``--speculative-config`` of a draft model that is written into the folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    given = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": size}
+    return given | settings
+
+
+def reasons_of(serve, *args, **settings) -> list[str]:
+    with pytest.raises(NotImplementedError, match="does not support this server") as caught:
+        serve(*args, **settings)
+    return re.findall(r"^  - (.*)$", str(caught.value), flags=re.MULTILINE)

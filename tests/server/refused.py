@@ -1,0 +1,150 @@
+"""Models and settings that are refused, with the reasons that are given."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.server.configs import (
+    BLOOM,
+    CHUNKED,
+    DECODER,
+    DEEPSEEK,
+    ENCODER,
+    FALCON,
+    FULL,
+    GEMMA_2,
+    GEMMA_3N,
+    GPT_OSS,
+    JAMBA,
+    LLAMA,
+    LLAMA_4,
+    MLA,
+    TOKENS,
+    WHISPER,
+    WINDOWED,
+    config_json,
+)
+
+HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
+REFUSED_MODELS = {
+    "soft-capped logits": (GEMMA_2, "soft-capped attention logits"),
+    "chunked local attention": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
+    "ALiBi by model": (BLOOM, "ALiBi position biases"),
+    "ALiBi by setting": (FALCON, "ALiBi position biases"),
+    "learned attention sinks": (
+        GPT_OSS | WINDOWED,
+        "learned attention sinks (these are logits, not sink tokens)",
+    ),
+    "multi-head latent attention (MLA)": (
+        DEEPSEEK | MLA,
+        "multi-head latent attention (MLA): its cache has no KV heads to split",
+        f"the head size 48: {HEAD_SIZES}",
+    ),
+    "encoder-decoder models": (
+        WHISPER | ENCODER | DECODER | TOKENS,
+        "cross-attention (an encoder-decoder model)",
+        "multimodal input: not tested yet",
+    ),
+    "Mamba and linear-attention layers": (
+        JAMBA,
+        "layers without attention (Mamba, linear attention and their like)",
+    ),
+    "layers that share a KV cache": (
+        GEMMA_3N | FULL | {"num_kv_shared_layers": 1},
+        "layers that share another layer's KV cache",
+    ),
+    "embeddings and pooling": (
+        config_json("BertModel", "bert"),
+        "the task 'pooling': only text generation keeps a KV cache",
+    ),
+    "quantised KV cache, by the checkpoint": (
+        LLAMA
+        | {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "dense",
+                "config_groups": {},
+                "kv_cache_scheme": {"num_bits": 8, "type": "float"},
+            }
+        },
+        "the checkpoint's own KV cache quantisation ({'num_bits': 8, 'type': 'float'})",
+    ),
+    "other head sizes": (LLAMA | {"head_dim": 24}, f"the head size 24: {HEAD_SIZES}"),
+}
+# What docs/compatibility.md calls these models, where it is not by the key above.
+ROWS = {
+    "ALiBi by model": ("ALiBi",),
+    "ALiBi by setting": ("ALiBi",),
+    "encoder-decoder models": ("encoder-decoder models", "multimodal input"),
+}
+CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
+REFUSED_SETTINGS = {
+    "Ray executor on CPUs": (
+        "--distributed-executor-backend ray: vLLM does not run Ray on the platform cpu, use mp",
+        {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
+    ),
+    "several nodes": (
+        "--nnodes 2: not tested yet, set it to 1",
+        {"tensor_parallel_size": 2, "nnodes": 2},
+    ),
+    "pipeline parallelism": (
+        "--pipeline-parallel-size 2: vLLM's model runner for CPUs fails with it whatever the attention "
+        "backend, set it to 1",
+        {"pipeline_parallel_size": 2},
+    ),
+    "decode-context parallelism": (
+        "--decode-context-parallel-size 2: not tested yet, set it to 1",
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+    ),
+    "prefill-context parallelism": (
+        "--prefill-context-parallel-size 2: not tested yet, set it to 1",
+        {"prefill_context_parallel_size": 2},
+    ),
+    "quantised KV cache, other formats": (
+        "--kv-cache-dtype nvfp4: use one of auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2, "
+        "fp8_per_token_head, int8_per_token_head, int4_per_token_head",
+        {"kv_cache_dtype": "nvfp4"},
+    ),
+    "quantised KV cache, some layers": (
+        "--kv-cache-dtype-skip-layers: all layers' caches are of one type",
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+    ),
+    "KV cache in another float type than the model": (
+        "--kv-cache-dtype bfloat16 for a model in float32: use auto",
+        {"kv_cache_dtype": "bfloat16"},
+    ),
+    "hybrid KV cache manager switched off": (
+        "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager",
+        {"disable_hybrid_kv_cache_manager": True},
+    ),
+    "KV connectors": (
+        "KV connectors (--kv-transfer-config): they do not see the streaming caches",
+        {"kv_transfer_config": CONNECTOR},
+    ),
+    "KV-sharing fast prefill": ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
+    "KV offloading": (
+        "--kv-offloading-size: the offloading connector does not see the streaming caches",
+        {"kv_offloading_size": 1.0},
+    ),
+    "attention that is not causal": (
+        "attention that is not causal",
+        {"attention_backend": None, "attention_config": {"backend": "duo", "use_non_causal": True}},
+    ),
+    "microbatches (`--ubatch-size`)": (
+        "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace",
+        {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+    ),
+    "attention backends per kind of layer": (
+        "attention backends per kind of layer: all attention layers must run duo",
+        {"attention_backend": None, "attention_config": PER_KIND},
+    ),
+}
+
+
+def refused(cases):
+    """Parameters of which each shows its rows of docs/compatibility.md."""
+    return [
+        pytest.param(case, id=name, marks=pytest.mark.refused(*ROWS.get(name, (name,))))
+        for name, case in cases.items()
+    ]

@@ -1,0 +1,82 @@
+"""Speculative decoding that a server refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+from vllm.config.speculative import SpeculativeMethod
+
+from tests.server.configs import LLAMA, MISTRAL, draft_model, reasons_of
+from vllm_duo import support
+
+METHODS = set(get_args(SpeculativeMethod))
+
+
+def drafting(method, async_scheduling=False):
+    """What of a server's config says how it drafts."""
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method),
+        scheduler_config=SimpleNamespace(async_scheduling=async_scheduling),
+    )
+
+
+@pytest.mark.refused("speculative decoding, EAGLE, MTP, Medusa and the like")
+def test_drafts_of_an_eagle_head(serve, tmp_path):
+    drafts = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": 2}
+    (reason,) = reasons_of(serve, speculative_config=drafts)
+    assert reason.startswith("speculative decoding by 'eagle': ")
+    assert reason.endswith(
+        "use one of ngram, custom_class, draft_model or remove --speculative-config"
+    )
+
+
+@pytest.mark.parametrize("method", sorted(METHODS - {"ngram", "custom_class", "draft_model"}))
+def test_every_other_way_to_draft(method):
+    (reason,) = support._speculation(drafting(method))
+    assert reason.startswith(f"speculative decoding by {method!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "drafts", "reason"),
+    [
+        (LLAMA, {"parallel_drafting": True}, "drafting in parallel is not tested"),
+        (LLAMA, {"attention_backend": "CPU_ATTN"}, "the attention backend CPU_ATTN: all"),
+        (LLAMA, {"kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's own"),
+        (LLAMA | {"head_dim": 24}, {}, "the head size 24: supported are"),
+        (MISTRAL, {}, "the model's own sliding window (2 of 2 layers slide over 32 tokens): a"),
+    ],
+)
+def test_draft_model(serve, tmp_path, config, drafts, reason):
+    given = draft_model(tmp_path / "draft", config | {"pard_token": 1}, **drafts)
+    (found,) = reasons_of(serve, speculative_config=given)
+    assert found.startswith(f"the draft model: {reason}")
+
+
+@pytest.mark.refused("draft model with tensor parallelism")
+def test_draft_model_over_several_ranks(serve, tmp_path):
+    drafts = draft_model(tmp_path / "draft")
+    (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
+    assert reason == (
+        "the draft model: --tensor-parallel-size 2 is not tested with one; use ngram or set it to 1"
+    )
+
+
+def test_draft_model_with_a_quantised_cache(serve, tmp_path):
+    drafts = draft_model(tmp_path / "draft")
+    (reason,) = reasons_of(serve, speculative_config=drafts, kv_cache_dtype="fp8")
+    assert reason == (
+        "the draft model: --kv-cache-dtype fp8 is not tested with one; use ngram or auto"
+    )
+
+
+def test_drafts_with_steps_planned_ahead():
+    (reason,) = support._speculation(drafting("ngram", async_scheduling=True))
+    assert reason.endswith("use --no-async-scheduling")
+
+
+def test_drafts_on_a_gpu(platform):
+    platform("cuda")
+    (reason,) = support._speculation(drafting("ngram"))
+    assert reason.startswith("speculative decoding on a GPU: not tested yet")
