@@ -111,20 +111,36 @@ void Plan::sort_by_cost() {
     }
 }
 
-void Plan::work(const LayerStep& step, const Kernels& kernels, float* scratch) {
+bool Plan::is_decode(const LayerStep& step, const Item& item) const {
+    return step.requests[item.request].length <= MAX_DECODE_TOKENS;
+}
+
+void Plan::work(const LayerStep& step, const Kernels& kernels, int threads, float* scratch) {
     const auto count = static_cast<int64_t>(items_.size());
-    for (int64_t i = next_++; i < count; i = next_++) {
+    for (int64_t i = next_++; i < count;) {
         const Item& item = items_[order_[i]];
-        if (step.requests[item.request].length > MAX_DECODE_TOKENS) {
+        if (!is_decode(step, item)) {
             kernels.prefill(step, item, scratch);
+            i = next_++;
             continue;
         }
-        kernels.decode(step, item, scratch);
-        if (item.num_items == 1) continue;
-        // Whoever ends a request's and head's last item merges them.
-        if (done_[item.first_item].fetch_add(1, std::memory_order_acq_rel) + 1 == item.num_items) {
-            kernels.merge(step, &items_[item.first_item], item.num_items);
-        }
+        // Taken early, the next item's first keys are on their way when it starts; not where that
+        // would keep one of the last items from another thread.
+        const bool early = next_.load(std::memory_order_relaxed) + threads - 1 < count;
+        const int64_t following = early ? next_++ : count;
+        const Item* next = following < count ? &items_[order_[following]] : nullptr;
+        decode(step, kernels, item, next && is_decode(step, *next) ? next : nullptr, scratch);
+        i = early ? following : next_++;
+    }
+}
+
+void Plan::decode(const LayerStep& step, const Kernels& kernels, const Item& item,
+                  const Item* following, float* scratch) {
+    kernels.decode(step, item, following, scratch);
+    if (item.num_items == 1) return;
+    // Whoever ends a request's and head's last item merges them.
+    if (done_[item.first_item].fetch_add(1, std::memory_order_acq_rel) + 1 == item.num_items) {
+        kernels.merge(step, &items_[item.first_item], item.num_items);
     }
 }
 

@@ -49,12 +49,16 @@ class Plan {
     int64_t cost() const { return cost_; }
     int64_t thread_floats() const { return thread_floats_; }
 
-    // Computes items until none is left; for each thread, with thread_floats() floats of its own.
-    void work(const LayerStep& step, const Kernels& kernels, float* scratch);
+    // Computes items until none is left; for each of so many threads, with thread_floats() floats
+    // of its own.
+    void work(const LayerStep& step, const Kernels& kernels, int threads, float* scratch);
 
   private:
     void add_decode(const LayerStep& step, const Kernels& kernels, int request, int head_class);
     void add_prefill(const LayerStep& step, const Kernels& kernels, int request, int head_class);
+    bool is_decode(const LayerStep& step, const Item& item) const;
+    void decode(const LayerStep& step, const Kernels& kernels, const Item& item,
+                const Item* following, float* scratch);
     void assign_partials();
     void sort_by_cost();
 

@@ -71,7 +71,8 @@ void attend(const LayerStep& step, const Kernels& kernels, int first, int last) 
     const int64_t floats = apart(plan.thread_floats());
     float* base = scratch.floats(floats * threads);
     Plan& shared = plan;
-    parallel(threads, [&](int thread) { shared.work(step, kernels, base + floats * thread); });
+    parallel(threads,
+             [&](int thread) { shared.work(step, kernels, threads, base + floats * thread); });
 }
 
 }  // namespace

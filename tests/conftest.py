@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Without an NVIDIA device the Triton kernels run in Triton's interpreter. It has to be chosen before
 # Triton's own library is imported; only this process runs it, the servers that tests start do not.
 HAS_DEVICE = Path("/dev/nvidiactl").exists()
+HAS_AVX512 = "avx512f" in Path("/proc/cpuinfo").read_text()
 if not HAS_DEVICE and importlib.util.find_spec("triton") is not None:
     chosen = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group))
         if item.get_closest_marker("gpu") and not HAS_DEVICE:
             item.add_marker(no_gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this processor cannot run; docs/compatibility.md names it on all of them."""
+    if item.get_closest_marker("avx512") and not HAS_AVX512:
+        pytest.skip("needs a processor with AVX-512: /proc/cpuinfo names no avx512f")
 
 
 @pytest.hookimpl(optionalhook=True)

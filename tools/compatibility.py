@@ -45,7 +45,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "published head patterns": "found by the model's name",
         "LoRA adapters": "`--max-loras` above their number ([why](failures.md#while-it-runs))",
         "quantised weights, int8": "compressed-tensors, weights and inputs",
-        "quantised weights, 4 bits": "GPTQ, AWQ; on CPUs vLLM 0.32 needs AVX-512 for them",
+        "quantised weights, 4 bits": "GPTQ, AWQ",
         "embeddings and pooling": "",
         "multimodal input": "",
         "encoder-decoder models": "cross-attention",
@@ -187,6 +187,7 @@ def marks_of(items: Iterable[pytest.Item]) -> list[tuple[str, str, str]]:
             # A mark of one parameter speaks for that parameter alone.
             test = item.nodeid if mark in own else item.nodeid.split("[")[0]
             test += " (slow)" if slow else ""
+            test += " (AVX-512)" if item.get_closest_marker("avx512") else ""
             if mark.name in MARKERS:
                 found += [(mark.name, feature, test) for feature in mark.args]
     return found
@@ -284,7 +285,7 @@ def render(groups: Mapping[str, Sequence[Row]], version: str) -> str:
         "*Refused*: the server does not start, or the plugin stays out, and says why",
         "([what to do](failures.md)). *Switched off*: vLLM itself switches it off on CPUs and serves",
         "without. *Not tested*: no test, so no promise. A test marked slow runs in `make test-all` or",
-        "`make soak` only.",
+        "`make soak` only, one marked AVX-512 on processors that have it.",
     ]
     for group, rows in groups.items():
         lines += ["", f"## {group}", "", "| feature | | shown by |", "|---|---|---|"]

@@ -254,8 +254,14 @@ DUO_INLINE void hide_keys(const HeadClass& heads, const Request& request, int gr
     }
 }
 
+DUO_INLINE KeyWalk keys_of(const LayerStep& step, const Item& item) {
+    const KeySource source{step, step.classes[item.head_class], step.requests[item.request],
+                           item.head, item.request};
+    return KeyWalk(source, item.begin, item.end);
+}
+
 template <typename T>
-void decode_item(const LayerStep& step, const Item& item, float* scratch) {
+void decode_item(const LayerStep& step, const Item& item, const Item* following, float* scratch) {
     const HeadClass& heads = step.classes[item.head_class];
     const Request& request = step.requests[item.request];
 
@@ -281,7 +287,7 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
     std::memset(rows.sum, 0, rows.rows * LANES * sizeof(float));
     std::memset(rows.values, 0, rows.rows * padded * sizeof(float));
 
-    KeyWalk walk({step, heads, request, item.head, item.request}, item.begin, item.end);
+    KeyWalk walk = keys_of(step, item);
     KeyBlock<T, TILE> tiles[2];
     const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
     TileScales scales;
@@ -295,7 +301,13 @@ void decode_item(const LayerStep& step, const Item& item, float* scratch) {
             tile.key[k] = tile.key[0];
             tile.value[k] = tile.value[0];
         }
-        ReadAhead ahead{reinterpret_cast<const char*>(next.count ? next.key[0] : tile.key[0])};
+        const T* upcoming = next.count ? next.key[0] : tile.key[0];
+        if (next.count == 0 && following) {
+            KeyBlock<T, 1> first;
+            keys_of(step, *following).fill(first);
+            upcoming = first.key[0];
+        }
+        ReadAhead ahead{reinterpret_cast<const char*>(upcoming)};
         for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
             const float* query = rows.query + r * padded;
             float* score = rows.score + r * TILE;

@@ -8,7 +8,8 @@ namespace duo {
 struct Kernels {
     const char* name;
     // Computes an item; `scratch` holds scratch_floats(...) floats, aligned to 64 bytes.
-    void (*decode)(const LayerStep& step, const Item& item, float* scratch);
+    // `following`: the item that this thread decodes next, or null; its first keys are asked for.
+    void (*decode)(const LayerStep& step, const Item& item, const Item* following, float* scratch);
     void (*prefill)(const LayerStep& step, const Item& item, float* scratch);
     // Merges the partial results of one request and head into the output.
     void (*merge)(const LayerStep& step, const Item* items, int count);

@@ -28,8 +28,8 @@ namespace {
             return function<Int4Pair>(__VA_ARGS__);   \
     }
 
-void decode(const LayerStep& step, const Item& item, float* scratch) {
-    DUO_BY_DTYPE(decode_item, step, item, scratch)
+void decode(const LayerStep& step, const Item& item, const Item* following, float* scratch) {
+    DUO_BY_DTYPE(decode_item, step, item, following, scratch)
 }
 
 void prefill(const LayerStep& step, const Item& item, float* scratch) {

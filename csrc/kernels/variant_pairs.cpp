@@ -12,8 +12,8 @@ namespace {
 
 const Kernels& base = DUO_SYMBOL_OF(DUO_BASE);
 
-void decode(const LayerStep& step, const Item& item, float* scratch) {
-    base.decode(step, item, scratch);
+void decode(const LayerStep& step, const Item& item, const Item* following, float* scratch) {
+    base.decode(step, item, following, scratch);
 }
 
 void prefill(const LayerStep& step, const Item& item, float* scratch) {

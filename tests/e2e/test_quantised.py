@@ -1,7 +1,9 @@
-"""int8 weights and inputs: duo gives stock vLLM's tokens, and streaming heads those of the rule.
+"""Quantised weights: duo gives stock vLLM's tokens, and streaming heads those of the rule.
 
-A sum in another order may move an input across the edge of a rounding step, so log-probabilities of the
-served model and of the oracle, which rounds alike, differ by more than float32's own errors.
+The oracle has the float32 values that the checkpoint stands for, and rounds inputs where the served
+model does. Roundings of the served model, and sums in another order that move an input across the edge
+of one, flip tokens at near ties: as in test_half_precision, log-probabilities may be off the
+oracle's by twice what stock vLLM's are.
 """
 
 from __future__ import annotations
@@ -18,79 +20,84 @@ from tests.models.quantised import quantise, quantise_inputs
 from tests.models.random_models import Shape
 from tests.oracle import Oracle
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.feature("quantised weights, int8"),
-    pytest.mark.skipif(
-        torch.cpu._is_amx_tile_supported(),
-        reason="where there is AMX vLLM's int8 product takes 16-bit inputs alone, the oracle float32",
-    ),
-]
+pytestmark = pytest.mark.engine
 
 SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
 SINK, RECENT = 20, 75
 MASKS = {name: mask_of(name, SHAPE.kv_heads) for name in ("retrieval", "mixed")}
 PROMPTS = prompts_of([1, 40, 130, 300], seed=41)
 NEW_TOKENS = 32
-ERROR = 0.05
-TIE = 0.1
+MOST = 0.3
+"""Twice stock vLLM's error: 0.21 (int8) and 0.19 (4 bits) were measured in bfloat16."""
+
+# Where there is AMX, vLLM's int8 product takes 16-bit inputs alone.
+INT8_DTYPE = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+FOUR_BITS = [pytest.mark.feature("quantised weights, 4 bits"), pytest.mark.avx512]
+FORMATS = [
+    pytest.param(
+        ("int8", INT8_DTYPE), id="int8", marks=pytest.mark.feature("quantised weights, int8")
+    ),
+    pytest.param(("gptq", "bfloat16"), id="gptq", marks=FOUR_BITS),
+    pytest.param(("awq", "bfloat16"), id="awq", marks=FOUR_BITS),
+]
 
 
-@pytest.fixture(scope="module")
-def models(checkpoint, tmp_path_factory):
-    return quantise(checkpoint(SHAPE), tmp_path_factory.mktemp("quantised"))
+class Served:
+    """One format: its models, stock vLLM's answers and their errors."""
 
+    def __init__(self, name, dtype, model, folder):
+        self.dtype, self.folder = dtype, folder
+        self.models = quantise(model, folder / "models", name)
+        self.oracle = Oracle(self.models[1], MASKS["retrieval"], SINK, RECENT)
+        if name == "int8":
+            quantise_inputs(self.oracle.model)
+        with self.engine() as running:
+            quantised = running.llm.llm_engine.vllm_config.quant_config
+            assert quantised is not None
+            self.stock = running.generate(PROMPTS, NEW_TOKENS)
+        stock_errors = self.errors(self.stock, "retrieval")
+        self.allowed = 2 * rms(stock_errors)
+        assert self.allowed <= MOST, "the oracle has other weights than the served model"
+        # A tie of two tokens may be decided by four errors: of both tokens, in both engines.
+        self.tie = 4 * float(stock_errors.abs().max())
 
-@pytest.fixture(scope="module")
-def error_of(models):
-    """Root mean square of the errors of answers, by the oracle with a mask."""
-    oracle = Oracle(models[1], MASKS["retrieval"], SINK, RECENT)
-    quantise_inputs(oracle.model)
-
-    def error_of(answers, mask, prompts=PROMPTS):
-        oracle.retrieval = np.asarray(MASKS[mask])
-        return rms(errors(oracle, prompts, answers))
-
-    return error_of
-
-
-@pytest.fixture(scope="module")
-def serve(models, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("patterns")
-
-    def serve(mask=None, **settings):
-        pattern = mask and write_pattern(folder / mask, MASKS[mask])
-        sizes = {"sink_size": SINK, "recent_size": RECENT}
+    def engine(self, mask=None, **settings):
+        pattern = mask and write_pattern(self.folder / mask, MASKS[mask])
+        sizes = {"sink_size": SINK, "recent_size": RECENT, "dtype": self.dtype}
         limits = {"max_model_len": 400, "max_num_batched_tokens": 128}
         pool = {"block_size": 128, "num_gpu_blocks_override": 100}
-        return engine(models[0], pattern, **(sizes | limits | pool | settings))
+        return engine(self.models[0], pattern, **(sizes | limits | pool | settings))
 
-    return serve
-
-
-@pytest.fixture(scope="module")
-def stock(serve):
-    with serve() as running:
-        assert running.llm.llm_engine.vllm_config.quant_config is not None
-        return running.generate(PROMPTS, NEW_TOKENS)
+    def errors(self, answers, mask, prompts=PROMPTS):
+        """Of the log-probabilities, from those of the oracle with this mask."""
+        self.oracle.retrieval = np.asarray(MASKS[mask])
+        return errors(self.oracle, prompts, answers)
 
 
-def test_all_retrieval_gives_stocks_tokens(serve, stock, error_of):
-    with serve("retrieval") as running:
+@pytest.fixture(scope="module", params=FORMATS)
+def served(request, checkpoint, tmp_path_factory):
+    name, dtype = request.param
+    return Served(name, dtype, checkpoint(SHAPE), tmp_path_factory.mktemp(name))
+
+
+def test_all_retrieval_gives_stocks_tokens(served):
+    with served.engine("retrieval") as running:
         duo = running.generate(PROMPTS, NEW_TOKENS)
-    assert error_of(duo, "retrieval") <= ERROR
-    assert compared_tokens(duo, stock, TIE) >= len(PROMPTS) * NEW_TOKENS / 2
+    assert rms(served.errors(duo, "retrieval")) <= served.allowed
+    same = compared_tokens(duo, served.stock, served.tie)
+    assert same >= len(PROMPTS) * NEW_TOKENS / 4, "too few to say anything"
 
 
-def test_streaming_heads_follow_the_rule_and_accounts_hold(serve, error_of, monkeypatch):
+def test_streaming_heads_follow_the_rule_and_accounts_hold(served, monkeypatch):
     """In a pool that holds four prompts and not their answers, looked at after every step."""
     prompts, answer_tokens = prompts_of([150] * 4, seed=42), 90
-    with serve("mixed", block_size=16, num_gpu_blocks_override=60) as running:
+    with served.engine("mixed", block_size=16, num_gpu_blocks_override=60) as running:
         stepper = Stepper(running, monkeypatch)
         for index, prompt in enumerate(prompts):
             stepper.add(str(index), prompt, max_tokens=answer_tokens)
         stepper.run()
         answers = [stepper.answer(str(index)) for index in range(len(prompts))]
     assert stepper.preempted
-    assert error_of(answers, "mixed", prompts) <= ERROR
-    assert error_of(answers, "retrieval", prompts) > 10 * ERROR, "the masks must matter"
+    assert rms(served.errors(answers, "mixed", prompts)) <= served.allowed
+    unseen = rms(served.errors(answers, "retrieval", prompts))
+    assert unseen > 4 * served.allowed, "the masks must matter"

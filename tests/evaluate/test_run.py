@@ -123,6 +123,31 @@ def test_a_quantised_cache_is_judged_against_the_models_own():
     assert settings.engine, "the settings themselves stay"
 
 
+class TestSlidingWindows:
+    """Of the model's own: the server of these questions must split the heads that users' servers do."""
+
+    @pytest.fixture
+    def slides(self, tmp_path):
+        """A model whose first and third layers slide over 512 tokens."""
+        config = json.loads((MODEL / "config.json").read_text())
+        kinds = ["sliding_attention", "full_attention"] * 2
+        own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+        config |= own | {"sliding_window": 512, "layer_types": kinds}
+        folder = tmp_path / "slides"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        return {"model": str(folder), "pattern": str(MODEL / "duo_pattern")}
+
+    def test_questions_within_the_window_are_refused(self, slides, evaluated):
+        told = "2 of 4 layers slide over 512 tokens .* got at most 412 tokens"  # 12 of the answer
+        with pytest.raises(ValueError, match=told):
+            evaluated(finds_the_needle, lengths=(200, 400), **slides)
+
+    def test_longer_ones_are_asked(self, slides, evaluated):
+        results = evaluated(finds_the_needle, lengths=(400, 700), **slides)
+        assert results["tasks"]["needle"]["duo"]
+
+
 def test_depths_are_asked_alike():
     questions = make_questions(settings_of(tasks=("needle",)), PROMPTS, count_words)
     depths = [q.sample.depth for q in questions.rounds[0]]

@@ -8,6 +8,7 @@ import torch
 from vllm_duo.identify.attention import (
     ClassPolicy,
     GatedPolicy,
+    LastRowsPolicy,
     StreamingRule,
     attention_rows,
     full_attention,
@@ -40,6 +41,33 @@ def test_blocks_follow_the_rule(length, sink, recent):
     query, key, value = make_qkv(length)
     found = streaming_attention(query, key, value, 0.3, StreamingRule(sink, recent))
     torch.testing.assert_close(found, plain(query, key, value, 0.3, sink, recent))
+
+
+@pytest.mark.parametrize("asked", [1, 5, 140, 299])
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (4, 16), (130, 7), (300, 1)])
+def test_last_positions_are_those_of_all(asked, sink, recent):
+    query, key, value = make_qkv(300)
+    rule = StreamingRule(sink, recent)
+    found = streaming_attention(query[:, :, -asked:], key, value, 0.3, rule)
+    expected = plain(query, key, value, 0.3, sink, recent)
+    torch.testing.assert_close(found, expected[:, :, -asked:])
+
+
+def test_last_layer_computes_what_is_asked_for():
+    query, key, value = make_qkv(60)
+    seen = []
+
+    def policy(layer, query, *others):
+        seen.append((layer, query.shape[2]))
+        return full_attention(query, *others)
+
+    last_rows = LastRowsPolicy(policy, last=1, first=50)
+    expected = full_attention(query, key, value, 0.3)
+    torch.testing.assert_close(last_rows(0, query, key, value, 0.3), expected)
+    found = last_rows(1, query, key, value, 0.3)
+    torch.testing.assert_close(found[:, :, 50:], expected[:, :, 50:])
+    assert found.shape == expected.shape
+    assert seen == [(0, 60), (1, 10)]
 
 
 def test_flex_follows_the_rule():

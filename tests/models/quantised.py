@@ -1,4 +1,4 @@
-"""Checkpoints with int8 weights and inputs in compressed-tensors' format, and what they compute."""
+"""Checkpoints with quantised weights in the formats that vLLM reads, and what they compute."""
 
 from __future__ import annotations
 
@@ -9,53 +9,128 @@ import torch
 from safetensors.torch import load_file, save_file
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
-SETTINGS = {
-    "quant_method": "compressed-tensors",
-    "format": "int-quantized",
-    "quantization_status": "compressed",
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": INT8 | {"strategy": "channel", "dynamic": False},
-            "input_activations": INT8 | {"strategy": "token", "dynamic": True},
-        }
+GROUP = 32
+"""Inputs that share a scale, in the formats with 4 bits."""
+
+FORMATS = {
+    "int8": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": INT8 | {"strategy": "channel", "dynamic": False},
+                "input_activations": INT8 | {"strategy": "token", "dynamic": True},
+            }
+        },
+    },
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+    },
+    "awq": {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": GROUP,
+        "zero_point": True,
+        "version": "gemm",
     },
 }
-
+"""What ``config.json`` says of each."""
 
 STEPS = 63
 """Greatest weight in int8. On CPUs without VNNI oneDNN adds pairs of products in 16 bits: up to 63 they
 fit, up to 127 they do not and the served product is wrong by some per cent, with any backend."""
 
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight columns each 4 bits of an int32 hold, from the lowest."""
 
-def quantise(model: Path, folder: Path) -> tuple[Path, Path]:
-    """Write a checkpoint in int8, with a scale a row of each weight, and its values in float32.
+
+def quantise(model: Path, folder: Path, name: str = "int8") -> tuple[Path, Path]:
+    """Write a checkpoint in one of ``FORMATS``, and the values that it stands for in float32.
 
     Returns:
-        Folder of the int8 checkpoint, folder of the float32 one.
+        Folder of the quantised checkpoint, folder of the float32 one.
     """
     config = json.loads((model / "config.json").read_text())
     packed, plain = {}, {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if not name.endswith("_proj.weight"):
-            packed[name] = plain[name] = weight
+    for key, weight in load_file(model / "model.safetensors").items():
+        if not key.endswith("_proj.weight"):
+            packed[key] = plain[key] = weight
             continue
-        scale = weight.abs().amax(1, keepdim=True) / STEPS
-        packed[name] = (weight / scale).round().to(torch.int8)
-        packed[f"{name}_scale"] = scale
-        plain[name] = packed[name] * scale
-    kinds = {"int8": (packed, {"quantization_config": SETTINGS}), "float32": (plain, {})}
+        layer = key.removesuffix(".weight")
+        tensors, plain[key] = PACKERS[name](weight)
+        packed |= {f"{layer}.{part}": tensor for part, tensor in tensors.items()}
+    kinds = {name: (packed, {"quantization_config": FORMATS[name]}), "float32": (plain, {})}
     for kind, (weights, settings) in kinds.items():
         (folder / kind).mkdir(parents=True)
         (folder / kind / "config.json").write_text(json.dumps(config | settings))
-        save_file(weights, folder / kind / "model.safetensors", metadata={"format": "pt"})
-    return folder / "int8", folder / "float32"
+        tensors = {each: tensor.contiguous() for each, tensor in weights.items()}
+        save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
+    return folder / name, folder / "float32"
+
+
+def _int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A scale a row."""
+    scale = weight.abs().amax(1, keepdim=True) / STEPS
+    steps = (weight / scale).round().to(torch.int8)
+    return {"weight": steps, "weight_scale": scale}, steps * scale
+
+
+def _gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Eight inputs in an int32; the zero of all groups is 8, stored less one."""
+    steps, scales = _grouped(weight.T, zero=8)
+    inputs, outputs = steps.shape
+    tensors = {
+        "qweight": _pack(steps.view(inputs // 8, 8, outputs).transpose(1, 2)),
+        "qzeros": _pack(torch.full((inputs // GROUP, outputs // 8, 8), 7)),
+        "scales": scales,
+        "g_idx": torch.arange(inputs, dtype=torch.int32) // GROUP,
+    }
+    return tensors, ((steps - 8) * scales.repeat_interleave(GROUP, 0)).T
+
+
+def _awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Eight outputs in an int32; every second output has a zero of its own."""
+    zeros = torch.tensor([8, 7]).repeat(weight.shape[0] // 2)
+    steps, scales = _grouped(weight.T, zeros)
+    inputs, outputs = steps.shape
+    in_order = torch.tensor(AWQ_ORDER)
+    tensors = {
+        "qweight": _pack(steps.view(inputs, outputs // 8, 8)[..., in_order]),
+        "qzeros": _pack(zeros.view(-1, 8)[:, in_order].expand(inputs // GROUP, -1, -1)),
+        "scales": scales,
+    }
+    return tensors, ((steps - zeros) * scales.repeat_interleave(GROUP, 0)).T
+
+
+PACKERS = {"int8": _int8, "gptq": _gptq, "awq": _awq}
+
+
+def _grouped(weight: torch.Tensor, zero: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Steps of 0 to 15 and scales of a weight of [inputs, outputs]: [inputs, outputs] int64 and
+    [inputs / GROUP, outputs], of values that bfloat16 holds."""
+    groups = weight.view(-1, GROUP, weight.shape[1])
+    scales = (groups.abs().amax(1) / 7).bfloat16().float()
+    steps = (weight / scales.repeat_interleave(GROUP, 0)).round().long() + zero
+    return steps.clamp(0, 15), scales
+
+
+def _pack(steps: torch.Tensor) -> torch.Tensor:
+    """[..., 8] of 0 to 15, the first in the lowest 4 bits: [...] int32."""
+    packed = (steps << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
 def quantise_inputs(model: torch.nn.Module) -> None:
-    """Let a transformers model round the inputs of its projections as the served one does: each token's
-    to 127 steps of its own greatest."""
+    """Let a transformers model round the inputs of its projections as the one served in int8 does: each
+    token's to 127 steps of its own greatest."""
 
     def rounded(module, inputs):
         (values,) = inputs

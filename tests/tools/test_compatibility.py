@@ -81,3 +81,6 @@ class TestMarks:
 
     def test_slow_ones_are_called_so(self):
         assert marks_of([item("a::b", self.MARK, pytest.mark.slow)])[0][2] == "a::b (slow)"
+
+    def test_what_a_processor_must_have_is_named_on_every_machine(self):
+        assert marks_of([item("a::b", self.MARK, pytest.mark.avx512)])[0][2] == "a::b (AVX-512)"

@@ -86,9 +86,24 @@ AttentionInterface.register(IMPLEMENTATION, _hooked_attention)
 
 
 def full_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention: query [B, Hq, T, D], key and value [B, Hkv, T, D] -> [B, Hq, T, D]."""
+    """Causal attention of the last n positions.
+
+    Args:
+        query: [B, Hq, n, D].
+        key: [B, Hkv, T, D]; value alike.
+        value: see key.
+        scaling: factor of the logits.
+
+    Returns:
+        [B, Hq, n, D].
+    """
     key, value = _per_query_head(query, key), _per_query_head(query, value)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    asked, length = query.shape[2], key.shape[2]
+    if asked == length:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    positions = torch.arange(length, device=query.device)
+    visible = positions <= positions[length - asked :, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
 
 
 def streaming_attention(
@@ -97,28 +112,29 @@ def streaming_attention(
     """Attention under the rule, by blocks of queries: time and memory grow with T, not with T * T.
 
     Args:
-        query: [B, Hq, T, D].
+        query: [B, Hq, n, D], of the last n positions.
         key: [B, Hkv, T, D]; value alike.
         value: see key.
         scaling: factor of the logits.
         rule: what is kept.
 
     Returns:
-        [B, Hq, T, D].
+        [B, Hq, n, D].
     """
-    length = query.shape[2]
+    length = key.shape[2]
+    before = length - query.shape[2]
     sink, recent = rule.sink_size, rule.recent_size
     if length <= sink + recent:  # nothing is dropped yet
         return full_attention(query, key, value, scaling)
     key, value = _per_query_head(query, key), _per_query_head(query, value)
-    if rule.kernel == "flex":
+    if rule.kernel == "flex" and before == 0:
         from vllm_duo.identify.flex import flex_streaming
 
         return flex_streaming(query, key, value, scaling, rule)
     block = min(1024, max(128, recent))
     positions = torch.arange(length, device=query.device)
     pieces = []
-    for start in range(0, length, block):
+    for start in range(before, length, block):
         end = min(start + block, length)
         first = max(sink, start - recent + 1)  # of the recent part
         seen = torch.cat((positions[: min(sink, end)], positions[first:end]))
@@ -126,7 +142,7 @@ def streaming_attention(
         visible = (seen <= rows) & ((seen < sink) | (seen > rows - recent))
         pieces.append(
             F.scaled_dot_product_attention(
-                query[:, :, start:end],
+                query[:, :, start - before : end - before],
                 _take(key, sink, first, end),
                 _take(value, sink, first, end),
                 attn_mask=visible,
@@ -194,6 +210,32 @@ class GatedPolicy:
         full = full_attention(query, key, value, scaling)
         streaming = streaming_attention(query, key, value, scaling, self.rule)
         return alpha * full + (1 - alpha) * streaming
+
+
+@dataclass(frozen=True)
+class LastRowsPolicy:
+    """Another policy, without what nobody looks at: the last layer before the first position asked for.
+
+    Their output there is 0. Nothing after the last attention mixes positions.
+
+    Attributes:
+        policy: of all layers.
+        last: number of the last layer.
+        first: the first position that is asked for.
+    """
+
+    policy: Policy
+    last: int
+    first: int
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """A `Policy`."""
+        if layer != self.last:
+            return self.policy(layer, query, key, value, scaling)
+        output = self.policy(layer, query[:, :, self.first :], key, value, scaling)
+        return F.pad(output, (0, 0, self.first, 0))
 
 
 def attention_rows(

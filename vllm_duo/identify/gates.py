@@ -38,7 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_duo.identify.attention import GatedPolicy, StreamingRule, full_policy
+from vllm_duo.identify.attention import (
+    GatedPolicy,
+    LastRowsPolicy,
+    Policy,
+    StreamingRule,
+    full_policy,
+)
 from vllm_duo.identify.checkpoint import Arrays
 from vllm_duo.identify.methods import Job, Progress, Scores
 from vllm_duo.identify.model import HookedModel
@@ -62,9 +68,15 @@ def gate_distance(
     """
     answers = answers.to(model.device)
     with torch.no_grad():
-        wanted = model.hidden(ids, full_policy)[answers].float()
-    found = model.hidden(ids, GatedPolicy(gates, rule))[answers].float()
-    return (found - wanted).square().mean()
+        wanted = model.hidden(ids, _at_answers(model, answers, full_policy))[answers].float()
+    gated = _at_answers(model, answers, GatedPolicy(gates, rule))
+    return (model.hidden(ids, gated)[answers].float() - wanted).square().mean()
+
+
+def _at_answers(model: HookedModel, answers: Tensor, policy: Policy) -> Policy:
+    """The policy, in the last layer only from the first answer on."""
+    first = int(answers.any(0).int().argmax())
+    return LastRowsPolicy(policy, model.info.num_layers - 1, first)
 
 
 def learning_rate_share(step: int, steps: int) -> float:
@@ -160,7 +172,8 @@ def gate_step(
 ) -> float:
     """One step of the optimiser; returns the distance before it."""
     settings = job.settings
-    with job.model.hook.using(GatedPolicy(state.gates, rule)):  # layers are computed again in it
+    gated = _at_answers(job.model, answers, GatedPolicy(state.gates, rule))
+    with job.model.hook.using(gated):  # layers are computed again in it
         distance = gate_distance(job.model, ids, answers, state.gates, rule)
         loss = distance + settings.reg_weight * state.gates.abs().sum()
         state.optimizer.zero_grad()
