@@ -162,7 +162,7 @@ def provenance(device: torch.device) -> Row:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "driver, clocks and power limit": _told(
+        "nvidia_smi": _told(
             [
                 "nvidia-smi",
                 "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
