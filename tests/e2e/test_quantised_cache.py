@@ -24,8 +24,14 @@ SINK, RECENT = 20, 75
 MASK = mask_of("mixed", SHAPE.kv_heads)
 PROMPTS = prompts_of([150] * 4, seed=43)
 ANSWER_TOKENS = 90
-ERROR = 0.02
 BLOCK = 16
+# Root mean square error of the log-probabilities from the oracle's. How many keys cross an edge, and
+# of which steps, is chance. In six runs (prompts of the seeds 43 to 47; kernels for any x86-64, AVX2,
+# AVX-512 and AMX) the worst was 0.0092 with fp8, 0.0051 with fp8_per_token_head, 0.0038 with fp8_e5m2,
+# 0.0013 with int4_per_token_head and 0.0010 with int8_per_token_head: twice the worst is allowed.
+ERROR = 0.02
+# An oracle that keeps the model's own numbers was 29 times as far away at least (fp8).
+MATTERS = 10
 
 
 def case(name, *marks):
@@ -84,6 +90,6 @@ def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch)
     error = error_of(model, answers, form)
     assert error <= ERROR
     assert error_of(model, again, form) <= ERROR, "from cached prefixes"
-    assert error_of(model, answers, None) > 2 * error, "what is kept must matter"
+    assert error_of(model, answers, None) > MATTERS * error, "what is kept must matter"
     # A block has the bytes of the retrieval heads of all layers, the widest group.
     assert stored == {sum(map(sum, MASK)) * BLOCK * form.row_bytes(SHAPE.head_size)}
