@@ -7,6 +7,8 @@ errors.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.e2e.engine import engine, write_pattern
@@ -69,8 +71,8 @@ def serve(checkpoint, tmp_path_factory):
     return serve
 
 
-def error_of(model, answers, form):
-    return rms(errors(Oracle(model, MASK, SINK, RECENT, form), PROMPTS, answers))
+def error_of(model, answers, form, prompts=PROMPTS):
+    return rms(errors(Oracle(model, MASK, SINK, RECENT, form), prompts, answers))
 
 
 def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch):
@@ -93,3 +95,33 @@ def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch)
     assert error_of(model, answers, None) > MATTERS * error, "what is kept must matter"
     # A block has the bytes of the retrieval heads of all layers, the widest group.
     assert stored == {sum(map(sum, MASK)) * BLOCK * form.row_bytes(SHAPE.head_size)}
+
+
+@pytest.mark.slow
+@pytest.mark.feature("tensor parallelism")
+def test_two_ranks_keep_what_one_keeps(name, serve, checkpoint):
+    """The second time the rings of both ranks are restored."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with serve(name, num_gpu_blocks_override=200, **ranks) as running:
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+    for each in (answers, again):
+        error = error_of(checkpoint(SHAPE), each, FORMATS[name])
+        assert error <= ERROR
+        assert error_of(checkpoint(SHAPE), each, None) > MATTERS * error, "what is kept must matter"
+
+
+@pytest.mark.slow
+@pytest.mark.feature("speculative decoding, n-gram")
+def test_drafts_change_nothing_that_is_kept(name, serve, checkpoint):
+    """Text that repeats itself has n-grams to find; rejected drafts were quantised, too."""
+    prompts = [prompt * 3 for prompt in prompts_of([10, 40, 90], seed=43)]
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
+    with serve(name, num_gpu_blocks_override=200, speculative_config=drafts) as running:
+        answers = running.generate(prompts, ANSWER_TOKENS)
+    error = error_of(checkpoint(SHAPE), answers, FORMATS[name], prompts)
+    assert error <= ERROR
+    unquantised = error_of(checkpoint(SHAPE), answers, None, prompts)
+    assert unquantised > MATTERS * error, "what is kept must matter"
