@@ -36,6 +36,31 @@ SUPPORTED = {
 }
 
 
+@pytest.mark.parametrize("window", [1, 8, 20])
+def test_layers_that_slide_compute_the_models_own_attention(window):
+    """Hooking holds its output against the model's own, over texts longer than the window."""
+    hooked = hook_model(tiny.sliding_gemma(window), tiny.tokenizer(), "g", torch.device("cpu"))
+    assert hooked.info.windows == (window, None, window)
+    assert hooked.info.chosen_layers == [1]
+    seen = []
+
+    def policy(layer, *others):
+        seen.append(layer)
+        return full_policy(layer, *others)
+
+    ids = torch.arange(60)[None] % 678
+    found = hooked.hidden(ids, policy)
+    assert seen == [1]
+    model = tiny.sliding_gemma(window)
+    with torch.no_grad():
+        expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        wider = hook_model(
+            tiny.sliding_gemma(window + 1), tiny.tokenizer(), "g", torch.device("cpu")
+        ).hidden(ids, full_policy)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert (wider - expected).abs().max() > 0.01, "one token more must be seen"
+
+
 @pytest.mark.parametrize("family", sorted(SUPPORTED))
 def test_family_is_hooked_without_a_change_of_its_output(family):
     torch.manual_seed(0)
@@ -59,8 +84,12 @@ def test_family_is_hooked_without_a_change_of_its_output(family):
         ("deepseek_v3", {}, "MLA"),
         ("gpt_oss", {}, "learned attention sinks"),
         ("gemma2", {}, "soft-capped"),
-        ("gemma2", {}, "sliding window"),
-        ("mistral", {"sliding_window": 128}, "sliding window .128 tokens."),
+        ("mistral", {"sliding_window": 128}, "32 of 32 layers slide over 128 tokens .* nothing to"),
+        (
+            "lfm2",
+            {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+            r"layers of other kinds \(conv\)",
+        ),
         ("t5", {}, "encoder-decoder"),
         ("mpt", {}, "AttentionInterface"),
         ("bloom", {}, "AttentionInterface"),

@@ -19,6 +19,8 @@ from vllm_duo.identify import run as run_module
 from vllm_duo.identify.checkpoint import CHECKPOINT_NAME
 from vllm_duo.identify.registry import FORWARD_METHODS
 from vllm_duo.identify.run import count_units, identify
+from vllm_duo.identify.samples import SampleMaker
+from vllm_duo.server_plan import make_plan
 
 RUNS = {
     "gates": {"steps": 7, "batch_size": 2, "checkpoint_every": 3},
@@ -281,3 +283,56 @@ def test_full_disk_at_the_end_keeps_the_checkpoint(model_folder, tmp_path, monke
     assert (tmp_path / CHECKPOINT_NAME).exists()
     identify(str(model_folder), settings, tmp_path, resume=True)
     assert json.loads((tmp_path / "config.json").read_text())["method"] == "on-the-fly"
+
+
+class TestSlidingWindows:
+    """Of the model's own: a pattern chooses in the other layers, as the server does."""
+
+    @pytest.fixture(scope="class")
+    def slides(self, tmp_path_factory):
+        """Layers 0 and 2 of three slide over 40 tokens, more than a streaming head keeps."""
+        return tiny.save(tiny.sliding_gemma(40), tmp_path_factory.mktemp("slides"))
+
+    @pytest.mark.parametrize("method", sorted(RUNS))
+    def test_the_pattern_chooses_in_the_other_layers(self, slides, tmp_path, method):
+        settings = tiny_settings(
+            method=method, **RUNS[method], **({"max_length": 200} if method == "induction" else {})
+        )
+        outcome = identify(str(slides), settings, tmp_path / "out")
+        values = outcome.pattern.values
+        assert values.shape == (3, 2)
+        assert (values[[0, 2]] == 0.0).all()
+        if method != "retrieval-score":  # it counts keys that a random model does not find
+            assert values[1].any()
+        # The server's own choice, of the written folder.
+        plan = make_plan(
+            {"duo": {"pattern": str(tmp_path / "out")}}, str(slides), 3, 2, windows=(40, None, 40)
+        )
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["mask_hashes"]["0.5"] == plan.resolved.selection.mask_hash
+        assert plan.resolved.selection.retrieval.sum(1).tolist() == [0, 1, 0]
+        assert config["model"]["windows"] == [40, None, 40]
+        report = (tmp_path / "out" / "REPORT.md").read_text()
+        assert "2 of 3 layers slide over 40 tokens of the model's own" in report
+        assert "| 0.5 | 1 of 6 |" in report
+
+    def test_exclusive_leaves_them_out(self, slides, tmp_path):
+        HeadPattern(np.array([[0.9, 0.9], [0.2, 0.1], [0.8, 0.7]])).save(tmp_path / "source")
+        settings = tiny_settings(method="exclusive", source=tmp_path / "source", check_samples=0)
+        outcome = identify(str(slides), settings, tmp_path / "out")
+        np.testing.assert_array_equal(outcome.pattern.values, [[0, 0], [1, 1], [0, 0]])
+
+    def test_samples_within_the_window_are_refused(self, slides, tmp_path):
+        with pytest.raises(ValueError, match="layers of the model's own slide over 40 and shorter"):
+            settings = tiny_settings(method="on-the-fly", min_length=60, max_length=72)
+            identify(str(slides), settings, tmp_path)
+
+    def test_checked_keys_lie_outside_the_window(self, slides, tmp_path, monkeypatch):
+        asked = []
+        real = SampleMaker.make_hidden
+        monkeypatch.setattr(
+            SampleMaker, "make_hidden", lambda self, *what: asked.append(what) or real(self, *what)
+        )
+        settings = tiny_settings(method="on-the-fly", **RUNS["on-the-fly"])
+        identify(str(slides), settings, tmp_path / "out")
+        assert [what[2:] for what in asked] == [(tiny.SINK, 40)]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 NEEDLE = Path(__file__).resolve().parents[2] / "models" / "needle"
 SINK, RECENT = 4, 12
@@ -40,6 +46,33 @@ def random_llama(*, layers=2, heads=4, kv_heads=2, seed=0, **more):
             if parameter.dim() == 2:
                 parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
         model.model.embed_tokens.weight.normal_(0, 1)
+    return model
+
+
+def sliding_gemma(window, seed=0):
+    """A Gemma 3 text model of three layers, the first and the last of which slide."""
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=1024,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Gemma3ForCausalLM(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
     return model
 
 

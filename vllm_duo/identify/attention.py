@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vllm_duo.windows import Windows
+
 IMPLEMENTATION = "vllm_duo_identify"
 """The name under which the hook stands in transformers' registry."""
 
@@ -44,11 +46,24 @@ class AttentionHook:
 
     Attributes:
         policy: what the layers compute at the moment.
+        windows: the model's own sliding windows by layer; empty: none. A layer with one computes the
+            model's own attention and never the policy.
         layers: the number of each attention module, in the order in which they first ran.
     """
 
     policy: Policy
+    windows: Windows = ()
     layers: dict[nn.Module, int] = field(default_factory=dict)
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """What the module's layer computes: [B, Hq, T, D]."""
+        layer = self.layers.setdefault(module, len(self.layers))
+        window = self.windows[layer] if self.windows else None
+        if window is not None:
+            return streaming_attention(query, key, value, scaling, StreamingRule(0, window))
+        return self.policy(layer, query, key, value, scaling)
 
     def install(self, model: nn.Module) -> None:
         """Become the hook of every module of `model`; its attention modules announce themselves."""
@@ -76,9 +91,8 @@ def _hooked_attention(
 ) -> tuple[Tensor, None]:
     """The registry's signature. Masks are ours: samples are causal and padded at their end only."""
     hook: AttentionHook = module.__dict__[_HOOK_ATTRIBUTE]
-    layer = hook.layers.setdefault(module, len(hook.layers))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = hook.policy(layer, query, key, value, scale)
+    output = hook.attend(module, query, key, value, scale)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -18,20 +18,27 @@ tie. A sparsity that is no multiple of 1 / L cuts one layer in two; REPORT.md li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vllm_duo.heads import HeadPattern
 from vllm_duo.identify.methods import Floats, Scores
 
 
-def make_exclusive(pattern: HeadPattern) -> Scores:
-    """A layer-exclusive pattern from any pattern; [L, Hkv] as before."""
+def make_exclusive(pattern: HeadPattern, layers: Sequence[int] | None = None) -> Scores:
+    """A layer-exclusive pattern from any pattern; [L, Hkv] as before.
+
+    Args:
+        pattern: the values.
+        layers: those that it chooses in; the heads of others, which slide anyhow, get 0. None: all.
+    """
+    chosen = range(pattern.num_layers) if layers is None else layers
     means: Floats = np.clip(pattern.values, 0.0, 1.0).mean(axis=1)
-    layers, heads = pattern.values.shape
-    order = np.argsort(-means, kind="stable")
-    ranked = np.empty(layers)
-    ranked[order] = 1.0 - np.arange(layers) / layers
-    values = np.repeat(ranked[:, None], heads, axis=1)
+    order = np.array(chosen)[np.argsort(-means[list(chosen)], kind="stable")]
+    ranked = np.zeros(pattern.num_layers)
+    ranked[order] = 1.0 - np.arange(len(chosen)) / len(chosen)
+    values = np.repeat(ranked[:, None], pattern.num_kv_heads, axis=1)
     details = {
         "source_pattern": str(pattern.path) if pattern.path else None,
         "source_method": pattern.metadata.get("method"),

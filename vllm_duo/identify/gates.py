@@ -101,9 +101,9 @@ class GateState:
     def start(cls, job: Job) -> GateState:
         """Before the first step."""
         info = job.model.info
-        gates = torch.ones(
-            info.num_layers, info.num_kv_heads, device=job.model.device, requires_grad=True
-        )
+        gates = torch.zeros(info.num_layers, info.num_kv_heads, device=job.model.device)
+        gates[info.chosen_layers] = 1.0  # the others slide whatever their gates say
+        gates.requires_grad_()
         optimizer = torch.optim.AdamW([gates], lr=job.settings.lr, betas=BETAS, weight_decay=0.0)
         return cls(gates, optimizer, [])
 

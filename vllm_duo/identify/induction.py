@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from vllm_duo.identify.attention import attention_rows, full_attention
-from vllm_duo.identify.methods import Floats, Job, Scores, to_kv_heads
+from vllm_duo.identify.methods import Floats, Job, Scores, by_layer, to_kv_heads
 
 REPEATS = 4
 ROWS_AT_ONCE = 256
@@ -58,8 +58,8 @@ class Induction:
             return full_attention(query, key, value, scaling)
 
         job.model.hidden(ids, look)
-        stacked = torch.stack([found[layer] for layer in sorted(found)], dim=1)  # [2, L, Hq]
-        return stacked.double().cpu().numpy()
+        layers = by_layer(found, job.model.info.num_layers)  # [L, 2, Hq]
+        return layers.transpose(0, 1).double().cpu().numpy()
 
     def combine(self, job: Job, scores: Floats) -> Scores:
         """Mean over the samples, KV heads, then the order of the heads."""
@@ -84,7 +84,7 @@ def make_repeats(job: Job, index: int) -> tuple[Tensor, int]:
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     longest = job.lengths()[1]
     period = (longest - len(begin)) // REPEATS
-    kept = settings.sink_size + settings.recent_size
+    kept = max(settings.sink_size + settings.recent_size, job.model.info.largest_window)
     if period <= kept:
         raise ValueError(
             f"method induction repeats {period} tokens {REPEATS} times within --max-length "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from vllm_duo.identify.attention import StreamingRule
 from vllm_duo.identify.haystack import FileText, Haystack, MadeText
@@ -21,6 +23,15 @@ Progress = Callable[[int, int, str], None]
 """(steps or samples done, all of them, a few words on how it goes)."""
 
 DEFAULT_MAX_LENGTH = 2048
+
+
+def by_layer(found: Mapping[int, Tensor], num_layers: int) -> Tensor:
+    """[..., Hq] of each layer that a policy computed, as [L, ..., Hq]; zeros for the others.
+
+    Layers with a sliding window of the model's own never ask the policy: all of their heads stream.
+    """
+    nothing = torch.zeros_like(next(iter(found.values())))
+    return torch.stack([found.get(layer, nothing) for layer in range(num_layers)])
 
 
 @dataclass(frozen=True)
@@ -100,8 +111,11 @@ def complete(settings: IdentifySettings, model: HookedModel) -> IdentifySettings
         ValueError: lengths that the model or the rule cannot have.
     """
     limit = model.info.max_positions
-    longest = settings.max_length or min(DEFAULT_MAX_LENGTH, limit)
-    kept = settings.sink_size + settings.recent_size
+    streams = settings.sink_size + settings.recent_size
+    window = model.info.largest_window
+    # What lies further back no streaming head sees, and no layer that slides.
+    kept = max(streams, window)
+    longest = settings.max_length or min(max(DEFAULT_MAX_LENGTH, 2 * window), limit)
     if longest > limit:
         raise ValueError(
             f"--max-length {longest}: expected at most the model's {limit} positions: lower it"
@@ -109,8 +123,10 @@ def complete(settings: IdentifySettings, model: HookedModel) -> IdentifySettings
     if longest <= kept + 32:
         raise ValueError(
             f"--max-length {longest}: expected more than {kept + 32} tokens, since a streaming head "
-            f"keeps {settings.sink_size} + {settings.recent_size} and shorter samples look the same "
-            "to every head: raise it, or lower --sink-size and --recent-size"
+            f"keeps {settings.sink_size} + {settings.recent_size}"
+            + (f", layers of the model's own slide over {window}" if window else "")
+            + " and shorter samples look the same to every head: raise it, or lower --sink-size and "
+            "--recent-size"
         )
     shortest = settings.min_length or min(longest, max(longest // 8, 2 * kept))
     if shortest > longest:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_duo.identify.attention import IMPLEMENTATION, AttentionHook, Policy, full_attention
-from vllm_duo.identify.refusals import config_reasons, probe_reasons, refuse
+from vllm_duo.identify.refusals import config_reasons, probe_reasons, refuse, windows_of
+from vllm_duo.windows import Windows
 
 PROBE_TOKENS = 24
 FINGERPRINT_VALUES = 256
@@ -22,7 +23,10 @@ FINGERPRINT_VALUES = 256
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a pattern must fit: L layers of Hq query and Hkv KV heads; D is the head size."""
+    """What a pattern must fit: L layers of Hq query and Hkv KV heads; D is the head size.
+
+    `windows` are the model's own sliding windows by layer, in tokens; empty: none.
+    """
 
     name: str
     architecture: str
@@ -32,6 +36,18 @@ class ModelInfo:
     head_size: int
     max_positions: int
     fingerprint: str
+    windows: Windows = ()
+
+    @property
+    def chosen_layers(self) -> list[int]:
+        """The layers whose heads a pattern chooses: all without a sliding window of the model's own."""
+        own = self.windows or (None,) * self.num_layers
+        return [layer for layer, window in enumerate(own) if window is None]
+
+    @property
+    def largest_window(self) -> int:
+        """Tokens of the model's own largest sliding window; 0: none."""
+        return max(filter(None, self.windows), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,26 +139,28 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         seen[layer] = (query.shape[1], key.shape[1], key.shape[3])
         return full_attention(query, key, value, scaling)
 
+    windows = windows_of(model.config)
     architecture = type(model).__name__
     ids = (torch.arange(2 * PROBE_TOKENS) * 7 + 3).view(2, -1) % model.config.vocab_size
     ids = ids.to(device)
     with torch.no_grad():
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
         model.set_attn_implementation(IMPLEMENTATION)
-        hook = AttentionHook(look)
+        hook = AttentionHook(look, windows)
         hook.install(model)
         found = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
     refuse(name, model.config, probe_reasons(seen, expected, found, next(model.parameters())))
-    num_heads, num_kv_heads, head_size = seen[0]
+    num_heads, num_kv_heads, head_size = next(iter(seen.values()))
     info = ModelInfo(
         name=name,
         architecture=architecture,
-        num_layers=len(seen),
+        num_layers=len(hook.layers),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         max_positions=int(getattr(model.config, "max_position_embeddings", 0) or 2**31),
         fingerprint=fingerprint(model),
+        windows=windows,
     )
     return HookedModel(model, tokenizer, hook, info, device)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vllm_duo.identify.attention import attention_rows, full_attention
-from vllm_duo.identify.methods import Floats, Job, Scores, to_kv_heads
+from vllm_duo.identify.methods import Floats, Job, Scores, by_layer, to_kv_heads
 
 
 class OnTheFly:
@@ -44,7 +44,7 @@ class OnTheFly:
             return full_attention(query, key, value, scaling)
 
         job.model.hidden(ids, look)
-        return torch.stack([found[layer] for layer in sorted(found)]).double().cpu().numpy()
+        return by_layer(found, job.model.info.num_layers).double().cpu().numpy()
 
     def combine(self, job: Job, scores: Floats) -> Scores:
         """Mean over the samples, then over or among the query heads of a group."""

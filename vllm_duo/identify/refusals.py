@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_duo.windows import (
+    SLIDING,
+    Windows,
+    describe,
+    in_force,
+    layer_windows,
+    slides_throughout,
+)
+
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest relative difference of the last hidden states with our attention and the model's own."""
 
@@ -50,14 +59,23 @@ def config_reasons(config: Any) -> Iterator[str]:
 
 def _window_reasons(config: Any) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds - {"sliding_attention"}:
-        yield f"layers of other kinds ({', '.join(sorted(kinds - {'sliding_attention'}))})"
+    if kinds - {SLIDING}:
+        yield f"layers of other kinds ({', '.join(sorted(kinds - {SLIDING}))})"
+    elif slides_throughout(windows_of(config)):
+        yield (
+            f"{describe(windows_of(config))} of the model's own: every head streams, and there is "
+            "nothing to choose; serve it without a pattern"
+        )
+
+
+def windows_of(config: Any) -> Windows:
+    """The model's own sliding windows that are in force within the positions it is made for."""
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
-    longest = getattr(config, "max_position_embeddings", None) or 2**31
-    if (window and window < longest) or "sliding_attention" in kinds:
-        yield f"the model's own sliding window ({window} tokens)"
+    kinds = getattr(config, "layer_types", None)
+    found = layer_windows(config.num_hidden_layers, window, kinds)
+    return in_force(found or (), getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def probe_reasons(

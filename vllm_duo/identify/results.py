@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_duo.heads import HeadPattern
+from vllm_duo.heads import HeadPattern, HeadSelection
 from vllm_duo.heads.folder import CONFIG_NAME, TSV_NAME
 from vllm_duo.heads.picture import draw
 from vllm_duo.identify.checkpoint import explain_full_disk, write_atomically
@@ -22,6 +22,7 @@ from vllm_duo.identify.exclusive import exclusive_sparsities
 from vllm_duo.identify.methods import Floats, Job, Scores
 from vllm_duo.identify.registry import DESCRIPTIONS
 from vllm_duo.identify.self_check import CheckResult, percent, wilson_interval
+from vllm_duo.windows import describe
 
 REPORT_NAME = "REPORT.md"
 HEATMAP_NAME = "heatmap.png"
@@ -65,7 +66,7 @@ def write_results(
     files: dict[str, bytes] = {
         HEATMAP_NAME: draw_heatmap(
             pattern,
-            job.settings.check_sparsity,
+            select(job, pattern, job.settings.check_sparsity),
             f"{display_name(job)}, {job.settings.method}",
         ),
         REPORT_NAME: make_report(job, pattern, check, effort).encode(),
@@ -94,7 +95,7 @@ def make_metadata(
         "deploy_sink_size": settings.sink_size,
         "deploy_recent_size": settings.recent_size,
         "mask_hashes": {
-            f"{sparsity:g}": pattern.select(sparsity=sparsity).mask_hash
+            f"{sparsity:g}": select(job, pattern, sparsity).mask_hash
             for sparsity in COMMON_SPARSITIES
         },
         "settings": settings.model_dump(mode="json"),
@@ -104,6 +105,11 @@ def make_metadata(
         "self_check": check.to_json() if check else None,
         "details": scores.details,
     }
+
+
+def select(job: Job, pattern: HeadPattern, sparsity: float) -> HeadSelection:
+    """The heads that a server of this model would choose."""
+    return pattern.select(sparsity=sparsity, layers=job.model.info.chosen_layers)
 
 
 def display_name(job: Job) -> str:
@@ -142,11 +148,17 @@ def make_report(job: Job, pattern: HeadPattern, check: CheckResult | None, effor
         "|---|---|---|",
     ]
     for sparsity in COMMON_SPARSITIES:
-        selection = pattern.select(sparsity=sparsity)
+        selection = select(job, pattern, sparsity)
         kept = int(selection.retrieval.sum())
         lines.append(f"| {sparsity:g} | {kept} of {pattern.values.size} | {selection.mask_hash} |")
+    if info.windows:
+        lines += [
+            "",
+            f"{describe(info.windows)} of the model's own. All of their heads stream, with that "
+            "window: their values are 0 and not read. A sparsity is of the other layers' heads.",
+        ]
     if settings.method == "exclusive":
-        clean = ", ".join(f"{s:.4g}" for s in exclusive_sparsities(info.num_layers))
+        clean = ", ".join(f"{s:.4g}" for s in exclusive_sparsities(len(info.chosen_layers)))
         lines += ["", f"No layer holds both classes at sparsity {clean}."]
     lines += [
         "",
@@ -210,11 +222,11 @@ def check_can_draw() -> None:
         )
 
 
-def draw_heatmap(pattern: HeadPattern, sparsity: float, title: str) -> bytes:
-    """A PNG of the values, the retrieval heads at `sparsity` marked."""
+def draw_heatmap(pattern: HeadPattern, selection: HeadSelection, title: str) -> bytes:
+    """A PNG of the values, the selection's retrieval heads marked."""
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / HEATMAP_NAME
-        draw(pattern, pattern.select(sparsity=sparsity), title, file)
+        draw(pattern, selection, title, file)
         return file.read_bytes()
 
 

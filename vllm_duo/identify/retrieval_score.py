@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vllm_duo.identify.attention import attention_rows, full_attention
-from vllm_duo.identify.methods import Floats, Job, Scores, to_kv_heads
+from vllm_duo.identify.methods import Floats, Job, Scores, by_layer, to_kv_heads
 
 
 class RetrievalScore:
@@ -61,7 +61,7 @@ class RetrievalScore:
 
         hidden = job.model.hidden(ids, look)
         generated = job.model.logits(hidden[0, rows]).argmax(-1) == ids[0][rows + 1]  # [n]
-        counted = torch.stack([hits[layer] & generated for layer in sorted(hits)])  # [L, Hq, n]
+        counted = by_layer(hits, job.model.info.num_layers) & generated  # [L, Hq, n]
         return counted.double().mean(-1).cpu().numpy()
 
     def combine(self, job: Job, scores: Floats) -> Scores:

@@ -24,7 +24,7 @@ from vllm_duo.identify.checkpoint import (
 from vllm_duo.identify.exclusive import make_exclusive
 from vllm_duo.identify.gates import GateState, gate_step, train_gates
 from vllm_duo.identify.methods import Floats, ForwardMethod, Job, Progress, Scores, complete
-from vllm_duo.identify.model import load_model
+from vllm_duo.identify.model import ModelInfo, load_model
 from vllm_duo.identify.registry import FORWARD_METHODS
 from vllm_duo.identify.results import Effort, check_can_draw, write_results
 from vllm_duo.identify.samples import SampleMaker, to_batch
@@ -204,9 +204,16 @@ def _find_scores(job: Job, keeper: _Keeper, ray: str | None, progress: Progress)
         pattern = HeadPattern.load(job.settings.source)
         info = job.model.info
         pattern.validate_for(info.num_layers, info.num_kv_heads, info.name)
-        scores = make_exclusive(pattern)
+        scores = make_exclusive(pattern, info.chosen_layers)
     keeper.stop()
-    return scores
+    return replace(scores, values=without_sliding(scores.values, job.model.info))
+
+
+def without_sliding(values: Floats, info: ModelInfo) -> Floats:
+    """The values, 0 in layers with a sliding window of the model's own: all of their heads stream."""
+    chosen = np.zeros((info.num_layers, 1), dtype=bool)
+    chosen[info.chosen_layers] = True
+    return np.where(chosen, values, 0.0)
 
 
 def score_samples(

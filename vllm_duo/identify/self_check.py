@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from vllm_duo.heads import HeadPattern
-from vllm_duo.identify.attention import ClassPolicy, Policy, StreamingRule, full_policy
+from vllm_duo.identify.attention import ClassPolicy, Policy, full_policy
 from vllm_duo.identify.methods import Job
 from vllm_duo.identify.model import HookedModel
 from vllm_duo.identify.samples import Sample
@@ -98,16 +98,15 @@ def check_pattern(
     settings = job.settings
     assert settings.check_length is not None
     maker = replace(job.samples(), keys=1, lengths=(settings.check_length, settings.check_length))
-    samples = maker.make_hidden(
-        "check", settings.check_samples, settings.sink_size, settings.recent_size
-    )
+    furthest = max(settings.recent_size, job.model.info.largest_window)
+    samples = maker.make_hidden("check", settings.check_samples, settings.sink_size, furthest)
     chosen = settings.check_sparsity
     upside_down = HeadPattern(1.0 - pattern.values.clip(0.0, 1.0))
     modes: dict[str, Policy] = {
         "full": full_policy,
-        "streaming": _classes(pattern, 1.0, job.rule),
-        "inverted": _classes(upside_down, chosen, job.rule),
-        **{f"at {s:g}": _classes(pattern, s, job.rule) for s in {*sparsities, chosen}},
+        "streaming": _classes(job, pattern, 1.0),
+        "inverted": _classes(job, upside_down, chosen),
+        **{f"at {s:g}": _classes(job, pattern, s) for s in {*sparsities, chosen}},
     }
     found = {}
     for done, (mode, policy) in enumerate(sorted(modes.items())):
@@ -162,6 +161,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _classes(pattern: HeadPattern, sparsity: float, rule: StreamingRule) -> ClassPolicy:
-    retrieval = pattern.select(sparsity=sparsity).retrieval.copy()
-    return ClassPolicy(torch.from_numpy(retrieval), rule)
+def _classes(job: Job, pattern: HeadPattern, sparsity: float) -> ClassPolicy:
+    selection = pattern.select(sparsity=sparsity, layers=job.model.info.chosen_layers)
+    return ClassPolicy(torch.from_numpy(selection.retrieval.copy()), job.rule)
