@@ -120,3 +120,12 @@ def mismatches(oracle: Oracle, prompt, served, served_logprobs, *, tie=1e-3, tol
                     f"oracle {float(row[candidate]):.4f}"
                 )
     return wrong
+
+
+def assert_right(oracle: Oracle, prompts, answers, num_tokens: int | None = None) -> None:
+    """Every answer is the oracle's own, and ``num_tokens`` long where that is told."""
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if num_tokens is not None:
+            assert len(answer.tokens) == num_tokens, f"{len(answer.tokens)} tokens"
+        wrong = mismatches(oracle, prompt, answer.tokens, answer.logprobs)
+        assert not wrong, "\n".join(wrong)

@@ -65,6 +65,7 @@ def test_layer_features_are_refused_before_weights_load(config, arguments, reaso
     ("planned", "own", "message"),
     [
         ((), 32, "a sliding window of 32 tokens, expected none"),
+        ((), 63, "a sliding window of 63 tokens, expected none"),
         ((16, None), 32, "a sliding window of 32 tokens, expected 16"),
         ((None, 16), 32, "a sliding window of 32 tokens, expected none"),
         ((16, None), None, "a sliding window of no tokens, expected 16"),
@@ -81,7 +82,8 @@ def test_window_that_the_config_does_not_tell_is_refused(config, planned, own, m
 @pytest.mark.parametrize("own", [None, 0, 64, 4096])
 def test_window_that_hides_nothing_is_none(config, own):
     config.model_config = SimpleNamespace(original_max_model_len=64, max_model_len=64)
-    make_layer(sliding_window=own)._check_window(specs.plan_of(config), "model.layers.0.attn", 0)
+    layer = make_layer(sliding_window=own)
+    assert layer._check_window(specs.plan_of(config), "model.layers.0.attn", 0) is None
 
 
 def test_draft_models_window_is_refused(config, monkeypatch):

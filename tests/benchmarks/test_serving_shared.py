@@ -72,6 +72,7 @@ def test_gate_resumes_conversations_and_documents_as_stock_does(folder):
 class TestEach:
     def test_right_answers_and_figures(self, folder, workload):
         (point,) = [p for p in results_of(folder).points if p.workload == workload]
+        assert [side.side for side in point.sides] == ["stock", "duo-0.5"]
         for side in point.sides:
             assert side.rounds == 2
             assert side.passkeys_asked == 2 * PASSKEYS
@@ -83,7 +84,9 @@ class TestEach:
 
     def test_both_sides_hit_what_earlier_requests_of_the_round_left(self, folder, workload):
         for side in ("stock", "duo-0.5"):
-            for run in runs_of(folder, workload, side):
+            runs = runs_of(folder, workload, side)
+            assert len(runs) == 2
+            for run in runs:
                 requests = read_requests(folder / run.requests_file)
                 expected = blocks_seen_before([r.prompt for r in requests])
                 assert expected > 0

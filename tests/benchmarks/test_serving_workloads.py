@@ -35,7 +35,9 @@ def requests_of(workload, *, round_=0, seed=0, share=0.0, requests=8, tokens=256
     settings = Settings(
         model=NEEDLE, points=(point,), seed=seed, passkey_share=share, rounds=rounds, **more
     )
-    return make_requests(settings, point, round_, TEXTS)
+    made = make_requests(settings, point, round_, TEXTS)
+    assert made
+    return made
 
 
 @pytest.mark.parametrize("workload", ["shared-prefix", "multi-turn"])

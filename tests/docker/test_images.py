@@ -181,6 +181,16 @@ def parsed(flags: list[str]):
     return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
 
 
+def schema_problem(manifest: dict) -> str | None:
+    """What Kubernetes's own schema has against a manifest; None: nothing."""
+    version = kubernetes_validate.latest_version()
+    try:
+        kubernetes_validate.validate(manifest, version, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return str(error)
+    return None
+
+
 class TestKubernetes:
     @pytest.fixture
     def by_kind(self):
@@ -197,17 +207,11 @@ class TestKubernetes:
 
     @pytest.mark.parametrize("manifest", MANIFESTS, ids=[each["kind"] for each in MANIFESTS])
     def test_schema(self, manifest):
-        version = kubernetes_validate.latest_version()
-        kubernetes_validate.validate(manifest, version, strict=True)
+        assert schema_problem(manifest) is None
 
     def test_the_schema_can_fail(self, by_kind):
         spec = by_kind["Service"]["spec"] | {"prots": []}
-        with pytest.raises(kubernetes_validate.ValidationError):
-            kubernetes_validate.validate(
-                by_kind["Service"] | {"spec": spec},
-                kubernetes_validate.latest_version(),
-                strict=True,
-            )
+        assert "prots" in schema_problem(by_kind["Service"] | {"spec": spec})
 
     def test_not_root_and_nothing_to_gain(self, pod, container):
         assert pod["securityContext"]["runAsNonRoot"] is True

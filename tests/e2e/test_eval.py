@@ -80,6 +80,7 @@ def test_chat_template_reaches_the_engines(tmp_path):
     for question in first:
         assert tokenizer.decode(question["prompt_token_ids"]).startswith(words)
         assert len(question["prompt_token_ids"]) <= 512
+    assert len(later) == 2
     for turn, asked in enumerate(later, start=1):
         for question in asked:
             assert tokenizer.decode(question["prompt_token_ids"]).count(words) == turn + 1

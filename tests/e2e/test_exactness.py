@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.engine import MAX_NEW_TOKENS, engine, write_pattern
 from tests.models.random_models import LAYERS, VOCABULARY, Shape
-from tests.oracle import Oracle, mismatches
+from tests.oracle import Oracle, assert_right
 
 pytestmark = pytest.mark.engine
 
@@ -108,9 +108,7 @@ def run_case(case, checkpoint, tmp_path, lengths):
     ) as running:
         answers = running.generate(prompts)
     oracle = Oracle(model, mask, sink_size, recent_size)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer.tokens) == MAX_NEW_TOKENS
-        assert mismatches(oracle, prompt, answer.tokens, answer.logprobs) == []
+    assert_right(oracle, prompts, answers, MAX_NEW_TOKENS)
 
 
 @pytest.mark.parametrize(

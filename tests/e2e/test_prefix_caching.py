@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.engine import MAX_NEW_TOKENS, answer_of, engine, write_pattern
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.models.random_models import Shape
-from tests.oracle import Oracle, mismatches
+from tests.oracle import Oracle, assert_right
 
 pytestmark = pytest.mark.engine
 
@@ -30,10 +30,8 @@ def pattern_of(tmp_path_factory):
     return {name: write_pattern(folder / name, mask) for name, mask in MASKS.items()}
 
 
-def assert_right(model, mask, prompts, answers):
-    oracle = Oracle(model, mask, SINK, RECENT)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert mismatches(oracle, prompt, answer.tokens, answer.logprobs) == []
+def oracle_of(model, name="mixed"):
+    return Oracle(model, MASKS[name], SINK, RECENT)
 
 
 class Cached:
@@ -70,7 +68,7 @@ def test_turns_of_a_chat_resume_where_the_last_one_ended(chunk, name, model, pat
     # At least what was there before the last answer, down to a whole block.
     ends = [0] + [len(prompt) // 16 * 16 for prompt in prompts[:-1]]
     assert all(hit >= end for hit, end in zip(hits, ends, strict=True)), (hits, ends)
-    assert_right(model, MASKS[name], prompts, answers)
+    assert_right(oracle_of(model, name), prompts, answers)
 
 
 @pytest.mark.feature("prefix caching")
@@ -85,7 +83,7 @@ def test_prompts_that_arrive_at_once_share_what_the_first_computes(model, patter
     assert hits[0] == 0
     assert min(hits[1:]) >= 1024
     assert hits.count(1488) >= 5
-    assert_right(model, MASKS["mixed"], prompts, answers)
+    assert_right(oracle_of(model), prompts, answers)
 
 
 def test_a_branch_found_once_is_hit_the_next_time(model, pattern_of):
@@ -98,7 +96,7 @@ def test_a_branch_found_once_is_hit_the_next_time(model, pattern_of):
             answers += answer
             hits += cached
     assert hits == [0, 0, 688]
-    assert_right(model, MASKS["mixed"], prompts, answers)
+    assert_right(oracle_of(model), prompts, answers)
 
 
 def test_the_same_prompt_twice(model, pattern_of):
@@ -106,7 +104,7 @@ def test_the_same_prompt_twice(model, pattern_of):
     with engine(model, pattern_of["mixed"], enable_prefix_caching=True) as running:
         for _ in range(2):
             answers, hits = Cached(running).ask(prompts, 16)
-            assert_right(model, MASKS["mixed"], prompts, answers)
+            assert_right(oracle_of(model), prompts, answers)
     assert hits == [(len(prompt) - 1) // 16 * 16 for prompt in prompts]
 
 
@@ -136,4 +134,4 @@ def test_a_small_pool_evicts_and_preempts_and_stays_right(model, pattern_of):
         running.check_pool(idle=True)
     assert preempted
     assert sum(hits) > 1000
-    assert_right(model, MASKS["mixed"], prompts, answers)
+    assert_right(oracle_of(model), prompts, answers)

@@ -198,7 +198,9 @@ class TestSeveralAnswers:
         stepper.add("all", self.PROMPT, n=3, temperature=1.0, seed=5)
         stepper.step(6)
         stepper.engine.abort_request(["all"])
+        assert not stepper.scheduler.requests
         stepper.run()
+        assert stepper.outputs == {}
 
 
 class TestPriority:

@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.engine import MAX_NEW_TOKENS, answer_of, engine, write_pattern
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.models.random_models import Shape
-from tests.oracle import Oracle, mismatches
+from tests.oracle import Oracle, assert_right
 
 pytestmark = pytest.mark.engine
 
@@ -27,11 +27,8 @@ def pattern(tmp_path_factory):
     return write_pattern(tmp_path_factory.mktemp("pattern"), MASK)
 
 
-def assert_right(model, prompts, answers):
-    oracle = Oracle(model, MASK, SINK, RECENT)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer.tokens) == MAX_NEW_TOKENS
-        assert mismatches(oracle, prompt, answer.tokens, answer.logprobs) == []
+def assert_answers(model, prompts, answers):
+    assert_right(Oracle(model, MASK, SINK, RECENT), prompts, answers, MAX_NEW_TOKENS)
 
 
 @pytest.mark.parametrize(("chunk", "sequences"), [(16, 16), (100, 32)])
@@ -40,7 +37,7 @@ def test_small_chunks_give_the_same_tokens(chunk, sequences, model, pattern):
     prompts = prompts_of(LENGTHS)
     with engine(model, pattern, max_num_batched_tokens=chunk, max_num_seqs=sequences) as running:
         answers = running.generate(prompts)
-    assert_right(model, prompts, answers)
+    assert_answers(model, prompts, answers)
 
 
 @pytest.mark.feature("continuous batching")
@@ -51,7 +48,7 @@ def test_alone_and_in_a_batch_of_32_give_the_same_tokens(model, pattern):
         together = running.generate(prompts)
         alone = [running.generate([prompt])[0] for prompt in prompts[: len(LENGTHS)]]
     assert [a.tokens for a in alone] == [a.tokens for a in together[: len(LENGTHS)]]
-    assert_right(model, prompts, together)
+    assert_answers(model, prompts, together)
 
 
 @pytest.mark.feature("preemption")
@@ -73,7 +70,7 @@ def test_a_forced_preemption_changes_nothing(model, pattern, monkeypatch):
         monkeypatch.setattr(scheduler, "_preempt_request", record)
         answers = running.generate(prompts)
     assert preempted, "the pool was meant to be too small for all requests"
-    assert_right(model, prompts, answers)
+    assert_answers(model, prompts, answers)
 
 
 @pytest.mark.feature("aborted requests")
@@ -95,7 +92,7 @@ def test_aborted_requests_leave_no_trace(model, pattern):
                 if step == moment:
                     llm_engine.abort_request([str(victim)])
     assert sorted(finished) == [2, 4, 5, 7]
-    assert_right(model, [prompts[i] for i in (2, 4, 5, 7)], [finished[i] for i in (2, 4, 5, 7)])
+    assert_answers(model, [prompts[i] for i in (2, 4, 5, 7)], [finished[i] for i in (2, 4, 5, 7)])
 
 
 @pytest.mark.feature("torch.compile")
@@ -104,7 +101,7 @@ def test_compiled_model_gives_the_same_tokens(model, pattern):
     prompts = prompts_of(LENGTHS, seed=4)
     with engine(model, pattern, enforce_eager=False, max_num_batched_tokens=256) as running:
         answers = running.generate(prompts)
-    assert_right(model, prompts, answers)
+    assert_answers(model, prompts, answers)
 
 
 @pytest.mark.feature("every head a retrieval head")

@@ -14,7 +14,7 @@ from tests.e2e.half import errors, rms
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.e2e.test_quantised_cache import ERROR, MATTERS
 from tests.models.random_models import LAYERS, Shape
-from tests.oracle import Oracle, mismatches
+from tests.oracle import Oracle, assert_right
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.manager import RingManager
 from vllm_duo.planning.plan import PlanRequest, plan_memory
@@ -103,11 +103,6 @@ def ask(running, prompts, max_tokens=MAX_NEW_TOKENS):
         use_tqdm=False,
     )
     return [answer_of(output) for output in outputs], [o.num_cached_tokens for o in outputs]
-
-
-def assert_right(oracle, prompts, answers):
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert mismatches(oracle, prompt, answer.tokens, answer.logprobs) == []
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])

@@ -16,7 +16,7 @@ from tests.e2e.needle import MODEL, RECENT, SINK, greedy_ids, prompts, serve, to
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.models.random_models import Shape
-from tests.oracle import Oracle, mismatches
+from tests.oracle import Oracle, assert_right, mismatches
 
 pytestmark = pytest.mark.engine
 
@@ -239,9 +239,7 @@ def test_a_small_pool_preempts_in_the_middle_of_drafts(known, monkeypatch):
         stepper.run()
         served = [stepper.answer(str(index)) for index in range(len(cuts))]
         hits = [stepper.hit(str(index)) for index in range(len(cuts))]
-    oracle = Oracle(model, MASK, 20, 75)
-    for cut, answer in zip(cuts, served, strict=True):
-        assert mismatches(oracle, whole[:cut], answer.tokens, answer.logprobs) == []
+    assert_right(Oracle(model, MASK, 20, 75), [whole[:cut] for cut in cuts], served)
     assert stepper.preempted
     assert sum(hits) > 500
     assert len(outcomes.accepted) == 6

@@ -13,7 +13,7 @@ from tests.e2e.engine import MAX_NEW_TOKENS, engine, write_pattern
 from tests.e2e.needle import FLAGS, MODEL, SERVER_ENV, greedy_ids, prompts
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.models.random_models import Shape
-from tests.oracle import Oracle, mismatches
+from tests.oracle import Oracle, assert_right
 from vllm_duo import HeadPattern
 from vllm_duo.evaluate.server import ServerProcess
 from vllm_duo.planning.plan import PlanRequest, plan_memory
@@ -102,10 +102,7 @@ def run(
     ) as running:
         watch(running.core.scheduler)
         answers = running.generate(prompts) + running.generate(prompts)
-    oracle = Oracle(model, mask, SINK, RECENT)
-    for prompt, answer in zip(prompts * 2, answers, strict=True):
-        assert len(answer.tokens) == MAX_NEW_TOKENS
-        assert mismatches(oracle, prompt, answer.tokens, answer.logprobs) == []
+    assert_right(Oracle(model, mask, SINK, RECENT), prompts * 2, answers, MAX_NEW_TOKENS)
 
 
 @pytest.mark.feature("tensor parallelism")

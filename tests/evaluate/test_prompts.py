@@ -84,6 +84,7 @@ def test_later_turns_begin_with_the_tokens_of_the_earlier_ones(chat):
         chat.asked(sample.turns, sample.start)["prompt_token_ids"]
         for sample in TASKS["multi-turn"].make(wanted)
     ]
+    assert len(asked) == 3
     for before, after in pairwise(asked):
         assert after[: len(before)] == before
 

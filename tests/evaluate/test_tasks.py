@@ -24,7 +24,9 @@ def wanted(tokens: int = 800, seed: int = 0, depth: float = 0.5) -> Wanted:
 
 
 def made(name: str, **settings) -> list[Sample]:
-    return TASKS[name].make(wanted(**settings))
+    samples = TASKS[name].make(wanted(**settings))
+    assert samples
+    return samples
 
 
 def prompt_of(sample: Sample) -> str:

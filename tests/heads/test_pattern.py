@@ -73,7 +73,7 @@ class TestMadeInMemory:
 
 class TestValidateFor:
     def test_equal_shape_passes(self):
-        HeadPattern.uniform(32, 8).validate_for(32, 8, "model")
+        assert HeadPattern.uniform(32, 8).validate_for(32, 8, "model") is None
 
     def test_wrong_layers_are_named(self):
         assert error_of(HeadPattern.uniform(28, 8).validate_for, 32, 8, "org/model") == (

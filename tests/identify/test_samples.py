@@ -65,7 +65,9 @@ def test_sample_depends_on_seed_purpose_and_number_alone(maker):
 
 
 def test_hidden_samples_follow_the_rule(maker):
-    for sample in maker.make_hidden("check", 10, 16, 40):
+    samples = maker.make_hidden("check", 10, 16, 40)
+    assert len(samples) == 10
+    for sample in samples:
         (first, end), (asked, _) = sample.needle_keys[0], sample.keys[0]
         query = asked - 1  # the first of the answer; later ones see no more of the key
         assert not [j for j in range(first, end) if j < 16 or j > query - 40]

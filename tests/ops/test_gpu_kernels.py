@@ -86,11 +86,14 @@ def test_a_step_never_waits_for_the_device():
         batch.host_query_start_loc,
         batch.host_seq_lens,
     )
+    output.fill_(torch.nan)
     torch.cuda.set_sync_debug_mode("error")
     try:
         serve(dataclasses.replace(step, batch=fresh), output)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    step.assert_exact(output)
 
 
 def test_flash_attention_serves_the_retrieval_heads():

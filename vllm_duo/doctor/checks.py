@@ -6,11 +6,12 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Literal
 
 from vllm_duo.plugin import PLUGIN_GROUP, PLUGIN_NAME
+from vllm_duo.versions import installed
 
 Status = Literal["ok", "info", "failed"]
 
@@ -50,18 +51,11 @@ def check_all() -> list[Finding]:
 def versions() -> list[Finding]:
     """Versions of this package, Python, vLLM and what they rest on."""
     own = f"vllm-duo {version('vllm-duo')}, Python {platform.python_version()}"
-    found = [f"{name} {_version(name)}" for name in PACKAGES]
+    packages = [f"{name} {number}" for name, number in installed(*PACKAGES).items()]
     return [
-        Finding(topic="versions", status="ok", detail=", ".join([own, *found])),
+        Finding(topic="versions", status="ok", detail=", ".join([own, *packages])),
         _vllm_version(),
     ]
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _vllm_version() -> Finding:

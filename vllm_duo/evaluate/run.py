@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import read_checkpoint
 from vllm_duo.server_plan import make_plan
 from vllm_duo.support import refuse
+from vllm_duo.versions import installed
 from vllm_duo.windows import describe, in_force
 
 FULL = "full"
@@ -214,7 +214,7 @@ def _results(
         "schema_version": 1,
         "kind": "eval",
         "settings": settings.model_dump(mode="json"),
-        "versions": _versions(),
+        "versions": installed("vllm-duo", "vllm", "torch", "transformers", otherwise="unknown"),
         "tasks": tasks,
         "samples": scored,
     }
@@ -284,13 +284,3 @@ def _compared(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("vllm-duo", "vllm", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found

@@ -6,7 +6,6 @@ import io
 import json
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from vllm_duo.identify.exclusive import exclusive_sparsities
 from vllm_duo.identify.methods import Floats, Job, Scores
 from vllm_duo.identify.registry import DESCRIPTIONS
 from vllm_duo.identify.self_check import CheckResult, percent, wilson_interval
+from vllm_duo.versions import installed
 from vllm_duo.windows import describe
 
 REPORT_NAME = "REPORT.md"
@@ -120,13 +120,8 @@ def display_name(job: Job) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions that a result can depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("vllm-duo", "torch", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    packages = installed("vllm-duo", "torch", "transformers", "numpy")
+    return {"python": platform.python_version(), **packages}
 
 
 def make_report(job: Job, pattern: HeadPattern, check: CheckResult | None, effort: Effort) -> str:
