@@ -323,8 +323,8 @@ class TestSlidingWindows:
         np.testing.assert_array_equal(outcome.pattern.values, [[0, 0], [1, 1], [0, 0]])
 
     def test_samples_within_the_window_are_refused(self, slides, tmp_path):
+        settings = tiny_settings(method="on-the-fly", min_length=60, max_length=72)
         with pytest.raises(ValueError, match="layers of the model's own slide over 40 and shorter"):
-            settings = tiny_settings(method="on-the-fly", min_length=60, max_length=72)
             identify(str(slides), settings, tmp_path)
 
     def test_checked_keys_lie_outside_the_window(self, slides, tmp_path, monkeypatch):
