@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.engine import MAX_NEW_TOKENS, answer_of, engine, write_pattern
+from tests.e2e.engine import MAX_NEW_TOKENS, SETTINGS, answer_of, engine, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.e2e.test_quantised_cache import ERROR, MATTERS
@@ -84,7 +84,7 @@ def serving(case: Case, checkpoint, tmp_path, **settings):
     model = checkpoint(case.shape)
     settings = {"max_num_batched_tokens": case.chunk, "block_size": case.block_size} | settings
     if case.family == "mistral":
-        duo = {"attention_backend": "duo", "additional_config": {"duo": {}}}
+        duo = {"attention_backend": "duo", "additional_config": {"duo": {**SETTINGS}}}
         return engine(model, **duo, **settings)
     pattern = write_pattern(tmp_path / "pattern", case.mask)
     return engine(model, pattern, sink_size=SINK, recent_size=RECENT, **settings)
@@ -178,7 +178,7 @@ def test_a_small_pool_preempts_and_the_tokens_are_stock_vllms(
         )
     )
     (longest,) = (each for each in plan.by_length if each.tokens == 320)
-    settings = {"attention_backend": "duo", "additional_config": {"duo": duo}}
+    settings = {"attention_backend": "duo", "additional_config": {"duo": duo | SETTINGS}}
     with engine(
         checkpoint(case.shape),
         **settings,
