@@ -28,9 +28,8 @@ void Plan::make(const LayerStep& step, const Kernels& kernels, int first, int la
     for (int head_class = 0; head_class < 2; ++head_class) {
         if (step.classes[head_class].num_heads == 0) continue;
         for (int request = first; request < last; ++request) {
-            const int64_t length = step.requests[request].length;
-            if (length == 0) continue;
-            if (length <= MAX_DECODE_TOKENS) {
+            if (step.requests[request].length == 0) continue;
+            if (is_decoded(step.requests[request])) {
                 add_decode(step, kernels, request, head_class);
             } else {
                 add_prefill(step, kernels, request, head_class);
@@ -111,15 +110,11 @@ void Plan::sort_by_cost() {
     }
 }
 
-bool Plan::is_decode(const LayerStep& step, const Item& item) const {
-    return step.requests[item.request].length <= MAX_DECODE_TOKENS;
-}
-
 void Plan::work(const LayerStep& step, const Kernels& kernels, int threads, float* scratch) {
     const auto count = static_cast<int64_t>(items_.size());
     for (int64_t i = next_++; i < count;) {
         const Item& item = items_[order_[i]];
-        if (!is_decode(step, item)) {
+        if (!is_decoded(step.requests[item.request])) {
             kernels.prefill(step, item, scratch);
             i = next_++;
             continue;
@@ -129,7 +124,8 @@ void Plan::work(const LayerStep& step, const Kernels& kernels, int threads, floa
         const bool early = next_.load(std::memory_order_relaxed) + threads - 1 < count;
         const int64_t following = early ? next_++ : count;
         const Item* next = following < count ? &items_[order_[following]] : nullptr;
-        decode(step, kernels, item, next && is_decode(step, *next) ? next : nullptr, scratch);
+        if (next && !is_decoded(step.requests[next->request])) next = nullptr;
+        decode(step, kernels, item, next, scratch);
         i = early ? following : next_++;
     }
 }

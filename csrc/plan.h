@@ -11,6 +11,7 @@ namespace duo {
 
 // Chunks of up to so many tokens are decoded, longer ones prefilled.
 constexpr int64_t MAX_DECODE_TOKENS = 8;
+constexpr bool is_decoded(const Request& request) { return request.length <= MAX_DECODE_TOKENS; }
 
 // Visible keys of a decode item. A constant, so that a request's result depends neither on the
 // number of threads nor on the rest of the batch.
@@ -56,7 +57,6 @@ class Plan {
   private:
     void add_decode(const LayerStep& step, const Kernels& kernels, int request, int head_class);
     void add_prefill(const LayerStep& step, const Kernels& kernels, int request, int head_class);
-    bool is_decode(const LayerStep& step, const Item& item) const;
     void decode(const LayerStep& step, const Kernels& kernels, const Item& item,
                 const Item* following, float* scratch);
     void assign_partials();
