@@ -17,7 +17,7 @@ from pydantic import (
 
 from vllm_duo.heads import HeadPattern, HeadSelection
 from vllm_duo.heads.folder import CONFIG_NAME
-from vllm_duo.windows import Windows
+from vllm_duo.windows import Windows, chosen_layers
 
 SECTION = "duo"
 DEFAULT_SPARSITY = 0.5
@@ -184,7 +184,7 @@ def resolve(
     )
     cut: Literal["sparsity", "threshold"]
     cut_source: Source
-    layers = [index for index, window in enumerate(windows) if window is None] if windows else None
+    layers = chosen_layers(windows)
     if config.threshold is not None:
         cut, cut_value, cut_source = "threshold", config.threshold, "setting"
         selection = pattern.select(threshold=cut_value, layers=layers)

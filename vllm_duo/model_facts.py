@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from vllm_duo.windows import Windows, describe
+from vllm_duo.windows import UNKNOWN, Windows, describe
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Head sizes that the operators are tested with or that stock vLLM's CPU kernels also serve."""
@@ -73,7 +73,7 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
     if model.is_multimodal:
         yield "multimodal input: not tested yet"
     if model.windows is None:
-        yield "the model's own sliding windows: their sizes are not known for every layer"
+        yield UNKNOWN
     if model.attention_chunk_size:
         yield f"chunked local attention ({model.attention_chunk_size} tokens)"
     if model.soft_caps_logits:

@@ -20,7 +20,7 @@ from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, stage_sizes
 from vllm_duo.kv_cache.split_cost import SplitCost, replan, split_cost
-from vllm_duo.windows import Windows, in_force, layer_windows, slides_throughout
+from vllm_duo.windows import Windows, chosen_layers, in_force, layer_windows, slides_throughout
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -159,13 +159,13 @@ class ServerPlan:
         cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens, stages)
         if ranks == 1 or resolved.balance or resolved.cut != "sparsity":
             return cost, None
-        layers = [index for index, window in enumerate(self.windows) if window is None]
-        if self.windows and not layers:
+        layers = chosen_layers(self.windows)
+        if layers == []:
             return cost, None
         selection = self.pattern.select(
             sparsity=resolved.cut_value,
             balance_ranks=ranks,
-            layers=layers if self.windows else None,
+            layers=layers,
         )
         mask = selection.retrieval.tolist()
         balanced = replan(layout, mask, ranks, self.stage_sizes or None)

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 Windows = tuple[int | None, ...]
 """Per layer the tokens of its window, or None; empty: no layer has one."""
 
+UNKNOWN = "the model's own sliding windows: their sizes are not known for every layer"
+"""Why a model is refused whose config does not tell."""
+
 SLIDING = "sliding_attention"
 """transformers' word for such a layer in a config's ``layer_types``."""
 
@@ -43,6 +46,16 @@ def in_force(windows: Windows, longest: float) -> Windows:
     """
     own = tuple(None if window is None or window >= longest else window for window in windows)
     return own if any(window is not None for window in own) else ()
+
+
+def chosen_layers(windows: Windows) -> list[int] | None:
+    """The layers whose heads a pattern chooses, those without a window; None without windows: all.
+
+    Worked example: (512, None, 512, None) leaves layers 1 and 3.
+    """
+    if not windows:
+        return None
+    return [layer for layer, window in enumerate(windows) if window is None]
 
 
 def slides_throughout(windows: Windows) -> bool:

@@ -25,6 +25,7 @@ SIZES = {
     "max_position_embeddings": 256,
     "pad_token_id": 0,
 }
+SLIDE = ["sliding_attention", "full_attention"]
 SUPPORTED = {
     "Llama": {},
     "Mistral": {"sliding_window": None},
@@ -85,6 +86,9 @@ def test_family_is_hooked_without_a_change_of_its_output(family):
         ("gpt_oss", {}, "learned attention sinks"),
         ("gemma2", {}, "soft-capped"),
         ("mistral", {"sliding_window": 128}, "32 of 32 layers slide over 128 tokens .* nothing to"),
+        # The config names layers that slide and not, or not all, over how many tokens.
+        ("qwen2", {"layer_types": SLIDE, "num_hidden_layers": 2}, "sizes are not known"),
+        ("gemma3_text", {"sliding_window": None}, "sizes are not known"),
         (
             "lfm2",
             {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vllm_duo.heads import HeadPattern, HeadSelection
 from vllm_duo.identify.attention import StreamingRule
 from vllm_duo.identify.haystack import FileText, Haystack, MadeText
 from vllm_duo.identify.model import HookedModel
@@ -61,6 +62,10 @@ class Job:
         """What streaming heads keep."""
         settings = self.settings
         return StreamingRule(settings.sink_size, settings.recent_size, settings.kernel)
+
+    def select(self, pattern: HeadPattern, sparsity: float) -> HeadSelection:
+        """The heads that a server of this model would choose."""
+        return pattern.select(sparsity=sparsity, layers=self.model.info.chosen_layers)
 
     def lengths(self) -> tuple[int, int]:
         """Tokens of the shortest and of the longest sample."""

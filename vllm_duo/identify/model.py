@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_duo.identify.attention import IMPLEMENTATION, AttentionHook, Policy, full_attention
 from vllm_duo.identify.refusals import config_reasons, probe_reasons, refuse, windows_of
-from vllm_duo.windows import Windows
+from vllm_duo.windows import Windows, chosen_layers
 
 PROBE_TOKENS = 24
 FINGERPRINT_VALUES = 256
@@ -41,8 +41,8 @@ class ModelInfo:
     @property
     def chosen_layers(self) -> list[int]:
         """The layers whose heads a pattern chooses: all without a sliding window of the model's own."""
-        own = self.windows or (None,) * self.num_layers
-        return [layer for layer, window in enumerate(own) if window is None]
+        chosen = chosen_layers(self.windows)
+        return list(range(self.num_layers)) if chosen is None else chosen
 
     @property
     def largest_window(self) -> int:
@@ -140,6 +140,8 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         return full_attention(query, key, value, scaling)
 
     windows = windows_of(model.config)
+    if windows is None:
+        raise AssertionError("config_reasons refuses such a model")
     architecture = type(model).__name__
     ids = (torch.arange(2 * PROBE_TOKENS) * 7 + 3).view(2, -1) % model.config.vocab_size
     ids = ids.to(device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_duo.windows import (
     SLIDING,
+    UNKNOWN,
     Windows,
     describe,
     in_force,
@@ -61,21 +62,30 @@ def _window_reasons(config: Any) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     if kinds - {SLIDING}:
         yield f"layers of other kinds ({', '.join(sorted(kinds - {SLIDING}))})"
-    elif slides_throughout(windows_of(config)):
+        return
+    windows = windows_of(config)
+    if windows is None:
+        yield UNKNOWN
+    elif slides_throughout(windows):
         yield (
-            f"{describe(windows_of(config))} of the model's own: every head streams, and there is "
+            f"{describe(windows)} of the model's own: every head streams, and there is "
             "nothing to choose; serve it without a pattern"
         )
 
 
-def windows_of(config: Any) -> Windows:
-    """The model's own sliding windows that are in force within the positions it is made for."""
+def windows_of(config: Any) -> Windows | None:
+    """The model's own sliding windows that are in force within the positions it is made for.
+
+    None: it has some, which are not known.
+    """
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
     kinds = getattr(config, "layer_types", None)
     found = layer_windows(config.num_hidden_layers, window, kinds)
-    return in_force(found or (), getattr(config, "max_position_embeddings", None) or 2**31)
+    if found is None or (not window and SLIDING in (kinds or ())):
+        return None
+    return in_force(found, getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def probe_reasons(

@@ -66,7 +66,7 @@ def write_results(
     files: dict[str, bytes] = {
         HEATMAP_NAME: draw_heatmap(
             pattern,
-            select(job, pattern, job.settings.check_sparsity),
+            job.select(pattern, job.settings.check_sparsity),
             f"{display_name(job)}, {job.settings.method}",
         ),
         REPORT_NAME: make_report(job, pattern, check, effort).encode(),
@@ -95,7 +95,7 @@ def make_metadata(
         "deploy_sink_size": settings.sink_size,
         "deploy_recent_size": settings.recent_size,
         "mask_hashes": {
-            f"{sparsity:g}": select(job, pattern, sparsity).mask_hash
+            f"{sparsity:g}": job.select(pattern, sparsity).mask_hash
             for sparsity in COMMON_SPARSITIES
         },
         "settings": settings.model_dump(mode="json"),
@@ -105,11 +105,6 @@ def make_metadata(
         "self_check": check.to_json() if check else None,
         "details": scores.details,
     }
-
-
-def select(job: Job, pattern: HeadPattern, sparsity: float) -> HeadSelection:
-    """The heads that a server of this model would choose."""
-    return pattern.select(sparsity=sparsity, layers=job.model.info.chosen_layers)
 
 
 def display_name(job: Job) -> str:
@@ -143,7 +138,7 @@ def make_report(job: Job, pattern: HeadPattern, check: CheckResult | None, effor
         "|---|---|---|",
     ]
     for sparsity in COMMON_SPARSITIES:
-        selection = select(job, pattern, sparsity)
+        selection = job.select(pattern, sparsity)
         kept = int(selection.retrieval.sum())
         lines.append(f"| {sparsity:g} | {kept} of {pattern.values.size} | {selection.mask_hash} |")
     if info.windows:

@@ -162,5 +162,5 @@ def percent(share: float) -> str:
 
 
 def _classes(job: Job, pattern: HeadPattern, sparsity: float) -> ClassPolicy:
-    selection = pattern.select(sparsity=sparsity, layers=job.model.info.chosen_layers)
-    return ClassPolicy(torch.from_numpy(selection.retrieval.copy()), job.rule)
+    retrieval = job.select(pattern, sparsity).retrieval.copy()
+    return ClassPolicy(torch.from_numpy(retrieval), job.rule)
