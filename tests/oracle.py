@@ -43,6 +43,8 @@ AttentionInterface.register("duo_rule", _rule)
 def _load(model: str):
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     loaded.set_attn_implementation("duo_rule")
+    # Where vLLM serves transformers' own class it wraps it; this tells its wrapper to stay out.
+    loaded.model.do_not_compile = True
     return loaded.eval()
 
 

@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_duo.kv_cache.orders import SnapshotOrder
 
 ATTRIBUTE = "duo_snapshot_orders"
@@ -66,19 +68,11 @@ def patch_runner(module: ModuleType) -> None:
     Args:
         module: ``vllm.v1.worker.gpu_model_runner``.
     """
-    original = module.GPUModelRunner.execute_model
 
-    @wraps(original)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        orders = getattr(scheduler_output, ATTRIBUTE, None)
-        if not orders:
-            return original(self, scheduler_output, *args, **kwargs)
-        from vllm_duo.attention.metadata import step_orders
+    def rows_of(runner: Any) -> Callable[[], dict[str, int]]:
+        return lambda: runner.input_batch.req_id_to_index
 
-        with step_orders(orders, lambda: self.input_batch.req_id_to_index):
-            return original(self, scheduler_output, *args, **kwargs)
-
-    module.GPUModelRunner.execute_model = execute_model
+    _show_orders(module.GPUModelRunner, rows_of)
 
 
 def patch_runner_v2(module: ModuleType) -> None:
@@ -89,7 +83,6 @@ def patch_runner_v2(module: ModuleType) -> None:
     Args:
         module: ``vllm.v1.worker.gpu.model_runner``.
     """
-    original = module.GPUModelRunner.execute_model
     prepare = module.GPUModelRunner.prepare_inputs
 
     @wraps(prepare)
@@ -98,6 +91,23 @@ def patch_runner_v2(module: ModuleType) -> None:
         setattr(self, BATCH, batch.req_ids)
         return batch
 
+    def rows_of(runner: Any) -> Callable[[], dict[str, int]]:
+        setattr(runner, BATCH, ())
+        return lambda: {request_id: row for row, request_id in enumerate(getattr(runner, BATCH))}
+
+    module.GPUModelRunner.prepare_inputs = prepare_inputs
+    _show_orders(module.GPUModelRunner, rows_of)
+
+
+def _show_orders(runner_class: Any, rows_of: Callable[[Any], Callable[[], dict[str, int]]]) -> None:
+    """Let the metadata builders see a step's orders while ``execute_model`` runs.
+
+    Args:
+        runner_class: vLLM's.
+        rows_of: of a runner, what answers with the step's rows by request id once it has them.
+    """
+    original = runner_class.execute_model
+
     @wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         orders = getattr(scheduler_output, ATTRIBUTE, None)
@@ -105,13 +115,7 @@ def patch_runner_v2(module: ModuleType) -> None:
             return original(self, scheduler_output, *args, **kwargs)
         from vllm_duo.attention.metadata import step_orders
 
-        setattr(self, BATCH, ())
-
-        def rows() -> dict[str, int]:
-            return {request_id: row for row, request_id in enumerate(getattr(self, BATCH))}
-
-        with step_orders(orders, rows):
+        with step_orders(orders, rows_of(self)):
             return original(self, scheduler_output, *args, **kwargs)
 
-    module.GPUModelRunner.prepare_inputs = prepare_inputs
-    module.GPUModelRunner.execute_model = execute_model
+    runner_class.execute_model = execute_model
