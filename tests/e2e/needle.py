@@ -18,6 +18,8 @@ SEED = 20_240_817  # neither the training nor the README's figures used it
 # What a server needs beside the environment that in-process engines set for themselves.
 SERVER_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+    # Of memory that is free; without it vLLM wants nearly all there is.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     # vLLM's own binding would put two servers of two test processes on the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_LOGGING_LEVEL": "INFO",
