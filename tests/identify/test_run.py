@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -122,32 +117,6 @@ def test_kill_in_the_self_check_resumes_at_the_end(model_folder, uninterrupted, 
     np.testing.assert_array_equal(
         outcome.pattern.values, uninterrupted("on-the-fly").pattern.values
     )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.3, 0.9])
-def test_killed_process_resumes(model_folder, tmp_path, delay):
-    """SIGKILL at a moment that nothing can prepare for; delays count from the first checkpoint."""
-    command = [
-        *(sys.executable, "-c", "from vllm_duo.cli.main import main; main()"),
-        *("identify", str(model_folder)),
-        *("--sink-size", "4", "--recent-size", "12", "--max-length", "96", "--min-length", "80"),
-        *("--steps", "60", "--check-samples", "0", "--checkpoint-every", "1"),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=env)
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=env)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / CHECKPOINT_NAME).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "full_attention_heads.tsv").exists()
-    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, env=env)
-    tables = [tmp_path / name / "full_attention_heads.tsv" for name in ("whole", "killed")]
-    assert tables[0].read_bytes() == tables[1].read_bytes()
 
 
 def test_seed_changes_the_result(model_folder, uninterrupted, tmp_path):

@@ -53,17 +53,15 @@ def _random_model(family, seed, **settings):
     """Random weights with peaked attention; embeddings that the head does not share have size 1."""
     config_class, model_class = family
     torch.manual_seed(seed)
-    config = config_class(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        head_dim=8,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        **settings,
-    )
+    sizes = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+    }
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = config_class(**(sizes | tokens | settings))
     model = model_class(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
