@@ -38,7 +38,16 @@ def command(model_folder, tmp_path):
 
     def command(method: str) -> list[str]:
         flags = ["--method", method, *METHODS[method], "--checkpoint-every", "1"]
-        flags += "--sink-size 4 --recent-size 12 --max-length 96 --min-length 80".split()
+        flags += [
+            "--sink-size",
+            "4",
+            "--recent-size",
+            "12",
+            "--max-length",
+            "96",
+            "--min-length",
+            "80",
+        ]
         if method == "exclusive":
             values = np.array([[0.9, 0.1], [0.2, 0.3]])
             HeadPattern(values, {"method": "gates"}).save(tmp_path / "source")
