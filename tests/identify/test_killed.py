@@ -70,6 +70,11 @@ def start(command: list[str], out: Path, *more: str) -> subprocess.Popen[bytes]:
     )
 
 
+def wait_for(file: Path, process: subprocess.Popen[bytes]) -> None:
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.005)
+
+
 def written(folder: Path) -> dict[str, bytes | str]:
     """All that is a result: every file, less the times and the memory that were measured."""
     found = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -92,9 +97,13 @@ def test_killed_and_resumed(command, tmp_path, method):
     seen = []
     for number in range(KILLS):
         out = tmp_path / f"killed{number}"
-        # From a moment before anything is computed, to one after all is written.
-        after = random.uniform(max(0.0, seconds - 1.2 * busy - 0.5), seconds)
         process = start(command(method), out)
+        if METHODS[method]:
+            # From the first checkpoint to the moment when all is written.
+            wait_for(out / CHECKPOINT_NAME, process)
+            after = random.uniform(0.0, busy)
+        else:
+            after = random.uniform(max(0.0, seconds - 1.5 * busy), seconds)
         time.sleep(after)
         process.send_signal(signal.SIGKILL)
         code = process.wait()
