@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from benchmarks import serve
-from benchmarks.serving import api, client
+from benchmarks.serving import api, client, servers
 from vllm_duo.report.load import load_results
 from vllm_duo.report.render import render
 from vllm_duo.report.serve_results import ServeResults
@@ -325,6 +325,18 @@ class TestKilled:
         assert len(list(folder.glob("runs/*/*-round?.json"))) == 4
 
 
+def late(check_alive):
+    """Tells of a death only the third time it is asked, as of a process that is still ending."""
+    asked = {}
+
+    def check(self):
+        asked[self.side] = asked.get(self.side, 0) + 1
+        if asked[self.side] > 2:
+            check_alive(self)
+
+    return check
+
+
 class TestServerDies:
     def test_partial_results_are_kept_and_resumed(self, new_run, bench, tmp_path):
         # 8 + 1 gate and warm-up answers, 6 in round 0, and 2 into round 1.
@@ -342,6 +354,16 @@ class TestServerDies:
         assert bench("--resume", folder)[0] == 0
         assert results_of(folder).complete
         assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+    @pytest.mark.parametrize("answers", [4, 14])
+    def test_in_the_gate_and_between_two_runs(self, new_run, answers, monkeypatch):
+        """Nothing but a refused connection tells of it."""
+        # 8 answers of the gate, 1 to warm up, 6 of round 0: the 14th is stock's last but one.
+        monkeypatch.setattr(servers.Running, "check_alive", late(servers.Running.check_alive))
+        code, output, folder = new_run(env=[f"FAKE_DIE_AFTER=stock:{answers}"])
+        assert code == 1
+        assert "the server stock ended with exit code 9 in the middle of the run" in output
+        assert not (folder / "runs").exists() or not list((folder / "runs").glob("*/*-round?.json"))
 
     def test_at_start(self, new_run):
         code, output, folder = new_run(env=["FAKE_NO_START=duo"])

@@ -34,8 +34,8 @@ ROOM = 12 * MIB
 """More than tokenizing takes, whose library ends the process without memory, and less than a step."""
 SMALL = ("--max-length", "96", "--min-length", "80", "--check-samples", "2")
 SCORED = ("--method", "on-the-fly", "--samples", "5", "--checkpoint-every", "2", *SMALL)
-MANY = ("--steps", "1", "--batch-size", "2000", "--max-length", "1000", "--min-length", "900")
-"""A step of gates that needs gibibytes: refused, not computed."""
+MANY = ("--steps", "1", "--batch-size", "200", "--max-length", "1000", "--min-length", "900")
+"""A step of gates that needs 1.7 GiB: refused, not computed."""
 
 
 @dataclass

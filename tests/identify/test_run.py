@@ -231,11 +231,25 @@ def test_out_of_memory_names_a_length_that_fits(model_folder, tmp_path, monkeypa
         identify(str(model_folder), settings, tmp_path)
 
 
-def test_run_that_is_estimated_not_to_fit_is_refused(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_duo.identify.memory.available_bytes", lambda device: 300_000)
-    with pytest.raises(MemoryError, match=r"--max-length (\d+) or less") as error:
-        identify(str(model_folder), tiny_settings(), tmp_path)
-    assert 16 < int(str(error.value).split("--max-length ")[1].split()[0]) < 96
+@pytest.mark.parametrize(
+    ("left", "batch_size", "remedy"),
+    [
+        (600_000, 1, r"--max-length \d+ or less$"),
+        (600_000, 2, r"a smaller --batch-size$"),  # a length that fits would be too short
+        (1_200_000, 2, r"--max-length \d+ or less, or a smaller --batch-size$"),
+        (300_000, 1, r"a machine with more memory, or --dtype bfloat16$"),
+    ],
+)
+def test_run_that_is_estimated_not_to_fit_is_refused(
+    model_folder, tmp_path, monkeypatch, left, batch_size, remedy
+):
+    monkeypatch.setattr("vllm_duo.identify.memory.available_bytes", lambda device: left)
+    settings = tiny_settings(batch_size=batch_size)
+    with pytest.raises(MemoryError, match=rf"left: use {remedy}") as error:
+        identify(str(model_folder), settings, tmp_path)
+    if "--max-length" in remedy:
+        fits = int(str(error.value).split("--max-length ")[1].split()[0])
+        assert tiny.SINK + tiny.RECENT + 32 < fits < 96
 
 
 def test_full_disk_at_the_end_keeps_the_checkpoint(model_folder, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ class TestMemory:
     def refused_with_what_fits(self, large: Attempt, small: Attempt) -> None:
         assert large.code == BAD_INPUT
         told = re.search(
-            r"a step of 2000 x 1000 tokens needs about (\S+) GiB beside the weights, cpu has (\d+) "
+            r"a step of 200 x 1000 tokens needs about (\S+) GiB beside the weights, cpu has (\d+) "
             r"MiB left: use --max-length (\d+) or less, or a smaller --batch-size",
             large.told,
         )

@@ -122,11 +122,12 @@ def check_fits(job: Job) -> None:
 
     if needs(longest) > there:
         fits = int(longest * there / needs(longest))
-        smaller = ", or a smaller --batch-size" if batch_size > 1 else ""
+        remedies = [f"--max-length {fits} or less"] * (fits >= job.least_length)
+        remedies += ["a smaller --batch-size"] * (batch_size > 1)
         raise MemoryError(
             f"a step of {batch_size} x {longest} tokens needs about {_gib(needs(longest))} beside "
-            f"the weights, {job.model.device} has {_gib(there)} left: use --max-length "
-            f"{fits} or less{smaller}"
+            f"the weights, {job.model.device} has {_gib(there)} left: "
+            + (f"use {', or '.join(remedies)}" if remedies else _SMALLER)
         )
 
 
