@@ -75,7 +75,12 @@ def _run(command: Command, err: Console, vllm: Sequence[str] | None) -> ServeRes
     with Screen(err, settings) as screen:
         benchmark = Benchmark(settings, folder, screen.tell, vllm)
         screen.expect(benchmark.tasks, folder.finished(settings))
-        return benchmark.run(screen.start, screen.done)
+        try:
+            return benchmark.run(screen.start, screen.done)
+        except ValueError:
+            if command.resume is None:
+                folder.discard()
+            raise
 
 
 def _begin(command: Command) -> tuple[Settings, RunFolder]:

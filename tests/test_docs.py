@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.published import published_layout, published_ranks
+from tests.published import published_layout
 from tests.server.refused import REFUSED_MODELS, REFUSED_SETTINGS
 from vllm_duo.compat.scheduler_stats import COUNTERS
 from vllm_duo.heads.discovery import PUBLISHED
@@ -97,7 +97,7 @@ def test_table_of_what_a_sparsity_saves():
     assert len(patterns) == 4
     for folder in patterns:
         for sparsity in (0.25, 0.5, 0.75):
-            layout = published_layout(folder, sparsity)
+            layout = published_layout(folder.name, sparsity)
             times = [layout.full_attention_bytes(n) / layout.held_bytes(n) for n in lengths]
             cells = " | ".join(f"{each:.2f} x" for each in times)
             assert f"| {100 * sparsity:.0f} % | {cells} |" in text, folder.name
@@ -107,10 +107,10 @@ def test_table_of_what_ranks_cost():
     text = (DOCS / "scale.md").read_text()
     for folder in PUBLISHED.iterdir():
         if folder.is_dir():
-            layouts = [published_ranks(folder, ranks) for ranks in (1, 2, 4, 8)]
-            layouts.append(published_ranks(folder, 8, balance=True))
-            layouts.append(published_ranks(folder, 1, stages=2))
-            layouts.append(published_ranks(folder, 8, stages=2, balance=True))
+            layouts = [published_layout(folder.name, ranks=ranks) for ranks in (1, 2, 4, 8)]
+            layouts.append(published_layout(folder.name, ranks=8, balance=True))
+            layouts.append(published_layout(folder.name, stages=2))
+            layouts.append(published_layout(folder.name, ranks=8, stages=2, balance=True))
             cells = " | ".join(f"{layout.times_stock(32_768):.2f} x" for layout in layouts)
             assert f"| {folder.name} | {cells} |" in text
 

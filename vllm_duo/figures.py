@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
+PNG_DPI = 150
 DUO_COLOUR = "#0072b2"
 FULL_COLOUR = "#d55e00"
 
@@ -58,4 +59,13 @@ def save_figure(figure: Figure, file: Path) -> None:
     check_figure_file(file)
     metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with matplotlib.rc_context({"svg.hashsalt": "vllm-duo"}):
-        figure.savefig(file, dpi=150, metadata=metadata.get(file.suffix.lower()))
+        figure.savefig(file, dpi=PNG_DPI, metadata=metadata.get(file.suffix.lower()))
+
+
+def png_of(figure: Figure) -> bytes:
+    """The bytes that ``save_figure`` would write to a .png file; no disk is needed."""
+    from io import BytesIO
+
+    found = BytesIO()
+    figure.savefig(found, dpi=PNG_DPI, format="png")
+    return found.getvalue()

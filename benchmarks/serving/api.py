@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 TIMEOUT_S = 10.0
@@ -99,7 +100,7 @@ def _open(request: urllib.request.Request, timeout_s: float) -> bytes:
         raise RuntimeError(
             f"{request.full_url}: expected an answer, got {error.code}: {told}"
         ) from None
-    except OSError as error:  # URLError, time-outs and broken connections
+    except (OSError, HTTPException) as error:  # URLError, time-outs and broken connections
         raise UnreachableError(
             f"{request.full_url}: expected an answer within {timeout_s:g} s, got none ({error}): "
             "look into the server's log"

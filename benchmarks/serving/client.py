@@ -19,6 +19,7 @@ from vllm_duo.report.serve_results import ServerCounts
 
 SAMPLE_EVERY_S = 0.25
 UNREACHABLE_AFTER_S = 60.0
+DYING_S = 2.0
 LOG_TAIL_LINES = 25
 
 
@@ -102,24 +103,29 @@ def run_client(
         UnreachableError: the server runs and has not answered for a minute.
         RuntimeError: the client failed, took too long, or a request was not answered.
     """
-    samples = [metrics.read_sample(api.metrics_text(load.url))]
-    load.result.parent.mkdir(parents=True, exist_ok=True)
-    client = launcher.start(client_arguments(load), load.log)
     try:
-        _watch(client, load, samples, check_alive)
-    finally:
-        _end(client)
+        samples = [metrics.read_sample(api.metrics_text(load.url))]
+        load.result.parent.mkdir(parents=True, exist_ok=True)
+        client = launcher.start(client_arguments(load), load.log)
+        try:
+            _watch(client, load, samples, check_alive)
+        finally:
+            _end(client)
+        if not client.returncode:
+            samples.append(metrics.read_sample(api.metrics_text(load.url)))
+    except api.UnreachableError:
+        check_dead(check_alive)
+        raise
     if client.returncode:
-        check_alive()
+        check_dead(check_alive)
         raise RuntimeError(
             f"vllm bench serve ended with exit code {client.returncode}; the end of {load.log}:\n"
             f"{_tail(load.log)}"
         )
-    samples.append(metrics.read_sample(api.metrics_text(load.url)))
     raw: dict[str, Any] = json.loads(load.result.read_text())
     errors = [error for error in raw["errors"] if error]
     if raw["failed"] or errors:
-        check_alive()
+        check_dead(check_alive)
         first = errors[0].strip().splitlines()[-1] if errors else "no reason told"
         raise RuntimeError(
             f"{load.point.key}: expected {load.count} answers, {raw['failed']} requests failed, the "
@@ -130,6 +136,18 @@ def run_client(
             f"{load.point.key}: expected {load.count} answers, got {raw['completed']}: see {load.log}"
         )
     return raw, metrics.counts(samples)
+
+
+def check_dead(check_alive: Callable[[], None]) -> None:
+    """Look for a while whether a server that does not answer has ended: its sockets close earlier.
+
+    Raises:
+        ServerDiedError: it has.
+    """
+    end = time.monotonic() + DYING_S
+    while time.monotonic() < end:
+        check_alive()
+        time.sleep(0.05)
 
 
 def _watch(

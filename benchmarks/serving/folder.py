@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / "settings.json", settings.model_dump_json(indent=1))
         _write(self.path / "versions.json", json.dumps(versions, indent=1))
+
+    def discard(self) -> None:
+        """Undo ``create``, unless a server was started: the same folder may be named again."""
+        if not self.logs.exists():
+            shutil.rmtree(self.path)
 
     def settings(self) -> Settings:
         """The settings of the run that is there.

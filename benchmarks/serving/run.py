@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.serving import gate as gates
 from benchmarks.serving import summary
-from benchmarks.serving.client import Load, client_arguments, run_client
+from benchmarks.serving.api import UnreachableError
+from benchmarks.serving.client import Load, check_dead, client_arguments, run_client
 from benchmarks.serving.folder import RunFolder
 from benchmarks.serving.launch import CommandLauncher, ForkLauncher, Launcher
 from benchmarks.serving.prompts import Texts
@@ -160,7 +161,12 @@ class Benchmark:
             fleet.start(list(dict.fromkeys((*self.settings.sides, GATE_SIDE))))
 
         def ask(side: str, prompt: str, max_tokens: int, top: int) -> Any:
-            return gates.ask_server(self._use(fleet, side).url, prompt, max_tokens, top)
+            server = self._use(fleet, side)
+            try:
+                return gates.ask_server(server.url, prompt, max_tokens, top)
+            except UnreachableError:
+                check_dead(server.check_alive)
+                raise
 
         gate = gates.check(self.settings, questions, ask)
         if GATE_SIDE not in self.settings.sides:

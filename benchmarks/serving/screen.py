@@ -62,7 +62,7 @@ class Screen:
 
     def tell(self, words: str) -> None:
         """A step beside the runs."""
-        self.console.print(words, markup=False)
+        self.console.print(words, markup=False, soft_wrap=True)
         self.progress.update(self.bar, description=words)
 
     def start(self, task: Task) -> None:
@@ -80,6 +80,7 @@ class Screen:
             f"{run.side}: {run.point}, round {run.round + 1}: {run.output_tokens_per_s:.1f} output "
             f"tokens/s, median TTFT {run.ttft_ms.median:.0f} ms, TPOT {run.tpot_ms.median:.1f} ms",
             markup=False,
+            soft_wrap=True,
         )
 
     def _time_left(self) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import serve
-from benchmarks.serving import api, client
+from benchmarks.serving import api, client, servers
 from vllm_duo.report.load import load_results
 from vllm_duo.report.render import render
 from vllm_duo.report.serve_results import ServeResults
@@ -192,7 +196,145 @@ class TestPromptsThatBeginAlike:
         code, output = bench(NEEDLE, *flags, "--out", tmp_path / "run")
         assert code == 2
         assert "tokens of text, for 5 pieces of" in output
-        assert not (tmp_path / "run" / "servers").exists()
+        assert not (tmp_path / "run").exists()
+
+
+class TestDataset:
+    """The user's own prompts, in an open loop at several rates and in a closed one."""
+
+    FLAGS = (
+        "--workloads dataset --output-tokens 4 --requests 4 --rates 2 50 --concurrencies 2 --rounds 2 "
+        "--passkey-share 0.25"
+    )
+
+    @pytest.fixture
+    def run(self, bench, tmp_path):
+        """Runs with lines of a dataset: (exit code, output, folder)."""
+
+        def run(lines):
+            file, folder = tmp_path / "own.jsonl", tmp_path / "run"
+            file.write_text("\n".join(lines) + "\n")
+            flags = [*self.FLAGS.split(), "--dataset", file, "--out", folder]
+            return *bench(NEEDLE, *flags), folder
+
+        return run
+
+    def lines(self):
+        return [
+            json.dumps({"prompt": f"Prompt {n}.", "output_tokens": 3 + n % 2}) for n in range(24)
+        ]
+
+    def test_every_line_is_asked_once_on_every_side(self, run):
+        code, output, folder = run(self.lines())
+        assert code == 0, output
+        results = results_of(folder)
+        loads = [point.key.removeprefix("dataset-0-4-") for point in results.points]
+        assert loads == ["rate2", "rate50", "closed2"]
+        asked = []
+        for file in (folder / "requests").iterdir():
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            asked += [row["prompt"] for row in rows if not row["answer"]]
+        assert sorted(asked) == sorted(f"Prompt {n}." for n in range(24))
+        for point in results.points:
+            for side in point.sides:
+                assert (side.rounds, side.passkeys_asked, side.passkeys_right) == (2, 2, 2)
+                # Four of five have 3 or 4 tokens by turns, the pass key 12.
+                assert side.itl_ms.samples == 2 * (2 * 2 + 2 * 3 + 11)
+
+    def test_the_clients_load_is_the_points(self, run):
+        _, _, folder = run(self.lines())
+        for key, flags in {
+            "rate2": ["--request-rate", "2.0"],
+            "rate50": ["--request-rate", "50.0"],
+            "closed2": ["--max-concurrency", "2"],
+        }.items():
+            files = list((folder / "runs" / f"dataset-0-4-{key}").glob("*-round?.json"))
+            assert len(files) == 4
+            for file in files:
+                command = json.loads(file.read_text())["client_command"]
+                at = command.index(flags[0])
+                assert command[at : at + 2] == flags
+                assert ("--request-rate" in command) != ("--max-concurrency" in command)
+
+    def test_broken_lines_are_told_before_any_server_and_leave_the_folder_free(self, run):
+        lines = self.lines()
+        code, output, folder = run([*lines[:3], '{"prompt": ', *lines[4:], "[1]"])
+        assert code == 2
+        assert "own.jsonl: expected one JSON object a line" in output
+        assert "got 2 broken lines" in output
+        assert "line 4: no JSON" in output
+        assert "line 25: an object was expected, got list" in output
+        assert not folder.exists()
+        assert run(lines)[0] == 0
+
+    def test_too_few_lines(self, run):
+        code, output, folder = run(self.lines()[:23])
+        assert code == 2
+        assert "expected 24 lines, one for each request of 2 rounds of all points" in output
+        assert not folder.exists()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs: one that ended may wait for its new parent."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class TestKilled:
+    """The benchmark itself, by SIGKILL, which no handler sees."""
+
+    @pytest.fixture
+    def killed(self, tmp_path):
+        """A run that was killed in the middle: (folder, processes that it had started)."""
+        folder = tmp_path / "run"
+        arguments = [str(NEEDLE), *FLAGS.split(), "--out", str(folder)]
+        code = f"from benchmarks import serve; serve.main({arguments!r}, vllm={FAKE!r})"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=NEEDLE.parents[1],
+            env=os.environ | {"FAKE_PAUSE_S": "0.3"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("runs/*/*-round1.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        return folder, started
+
+    def test_its_servers_end_with_it_and_it_goes_on(self, killed, bench):
+        folder, started = killed
+        assert len(started) >= 2  # servers; a client may just have ended
+        deadline = time.monotonic() + 30
+        while any(map(is_alive, started)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not results_of(folder).complete
+        kept = {file: file.read_bytes() for file in folder.glob("runs/*/*-round?.json")}
+        assert kept
+        code, output = bench("--resume", folder)
+        assert code == 0, output
+        assert results_of(folder).complete
+        assert {file: file.read_bytes() for file in kept} == kept
+        assert len(list(folder.glob("runs/*/*-round?.json"))) == 4
+
+
+def late(check_alive):
+    """Tells of a death only the third time it is asked, as of a process that is still ending."""
+    asked = {}
+
+    def check(self):
+        asked[self.side] = asked.get(self.side, 0) + 1
+        if asked[self.side] > 2:
+            check_alive(self)
+
+    return check
 
 
 class TestServerDies:
@@ -212,6 +354,16 @@ class TestServerDies:
         assert bench("--resume", folder)[0] == 0
         assert results_of(folder).complete
         assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+    @pytest.mark.parametrize("answers", [4, 14])
+    def test_in_the_gate_and_between_two_runs(self, new_run, answers, monkeypatch):
+        """Nothing but a refused connection tells of it."""
+        # 8 answers of the gate, 1 to warm up, 6 of round 0: the 14th is stock's last but one.
+        monkeypatch.setattr(servers.Running, "check_alive", late(servers.Running.check_alive))
+        code, output, folder = new_run(env=[f"FAKE_DIE_AFTER=stock:{answers}"])
+        assert code == 1
+        assert "the server stock ended with exit code 9 in the middle of the run" in output
+        assert not (folder / "runs").exists() or not list((folder / "runs").glob("*/*-round?.json"))
 
     def test_at_start(self, new_run):
         code, output, folder = new_run(env=["FAKE_NO_START=duo"])

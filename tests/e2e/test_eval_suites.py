@@ -9,31 +9,48 @@ import pytest
 
 from tests.cli_run import run  # noqa: F401 - a fixture
 from tests.e2e.needle import MODEL
+from tests.evaluate.chat_models import copy_needle
+from tests.evaluate.own_suite import SUITE, write_suite
 from tests.evaluate.test_run import settings_of
 from tests.evaluate.test_tasks import count_words
-from vllm_duo.evaluate.passkey import make_prompt
+from vllm_duo.evaluate.passkey import KEY_PREFIX, QUESTION, make_prompt, make_sentence
 from vllm_duo.evaluate.suites import run_suites
+from vllm_duo.report.load import load_results
+from vllm_duo.report.render import render
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'vllm-duo[suites]'")
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-YAML = """\
-task: own_keys
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{prompt}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["."], max_gen_toks: 8}
-filter_list:
-  - name: digits
-    filter:
-      - {function: regex, regex_pattern: "([0-9]+)"}
-      - {function: take_first}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
+SCORE = f"{SUITE}: exact_match"
+KEY = "71234"
+# Tells what no document does, and begins the answer: without it nobody can know the key.
+TEMPLATE = (
+    f"{{{{ bos_token }}}}{KEY_PREFIX} {KEY}. "
+    "{% for m in messages %}{{ m.content | trim }} {% endfor %}"
+    f"{{% if add_generation_prompt %}}{KEY_PREFIX}{{% endif %}}"
+)
+
+
+@pytest.fixture
+def evaluate(run, tmp_path):  # noqa: F811
+    """Runs ``vllm-duo eval`` on a suite alone: (exit code, what it printed, results)."""
+
+    def evaluate(model, suite, *flags, limit=10):
+        out = tmp_path / "run"
+        code, printed, errors = run(
+            *("eval", str(model), "--tasks", "none", "--no-perplexity", "--sparsity", "0.5"),
+            *("--suites", SUITE, "--suites-path", str(suite), "--suites-limit", str(limit)),
+            *("--out", str(out)),
+            *(
+                "--engine-args",
+                '{"dtype": "float32", "enforce_eager": true, "max_model_len": 1024}',
+            ),
+            *flags,
+        )
+        file = out / "results.json"
+        return code, printed + errors, json.loads(file.read_text()) if file.exists() else None
+
+    return evaluate
 
 
 @pytest.fixture
@@ -41,31 +58,65 @@ def suite(tmp_path):
     """A folder with a task of pass keys over local documents."""
     rng = random.Random(5)
     prompts = [make_prompt(400, rng=rng, count_tokens=count_words) for _ in range(12)]
-    documents = tmp_path / "documents.jsonl"
-    rows = [json.dumps({"prompt": p.text, "answer": p.answer}) for p in prompts]
-    documents.write_text("\n".join(rows) + "\n")
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    (folder / "own_keys.yaml").write_text(YAML.replace("FILE", str(documents)))
-    return folder
+    return write_suite(tmp_path, [{"prompt": p.text, "answer": p.answer} for p in prompts])
 
 
-def test_keys_are_found_by_both_sides(run, suite, tmp_path):  # noqa: F811
-    out = tmp_path / "run"
-    code, printed, errors = run(
-        *("eval", str(MODEL), "--tasks", "none", "--no-perplexity", "--sparsity", "0.5"),
-        *("--suites", "own_keys", "--suites-path", str(suite), "--suites-limit", "10"),
-        *("--out", str(out)),
-        *("--engine-args", '{"dtype": "float32", "enforce_eager": true, "max_model_len": 1024}'),
-    )
-    assert code == 0, errors
-    (task,) = json.loads((out / "results.json").read_text())["tasks"].items()
-    name, found = task
-    assert name == "own_keys: exact_match"
+@pytest.fixture
+def keyless(tmp_path):
+    """Questions for a key that stands in no document."""
+    rng = random.Random(6)
+    texts = [" ".join(make_sentence(rng) for _ in range(40)) for _ in range(10)]
+    return write_suite(tmp_path, [{"prompt": f"{t} {QUESTION}", "answer": KEY} for t in texts])
+
+
+def test_keys_are_found_by_both_sides(evaluate, suite):
+    code, printed, results = evaluate(MODEL, suite)
+    assert code == 0, printed
+    ((name, found),) = results["tasks"].items()
+    assert name == SCORE
     assert found["full"]["samples"] == 10
     assert found["full"]["score"] >= 0.9
     assert found["duo"]["duo-0.5"]["verdict"]["kind"] == "within_noise"
-    assert "own_keys" in printed
+    assert SUITE in printed
+
+
+def test_an_instruct_model_is_asked_through_its_template(evaluate, keyless, tmp_path):
+    """The template alone has the answer; the second run is in the folder of the first."""
+    model = copy_needle(tmp_path / "instruct", TEMPLATE)
+    code, printed, results = evaluate(model, keyless, "--suites-chat")
+    assert code == 0, printed
+    found = results["tasks"][SCORE]
+    assert found["full"]["score"] >= 0.9
+    assert found["duo"]["duo-0.5"]["score"] >= 0.9
+    assert found["duo"]["duo-0.5"]["verdict"]["kind"] == "within_noise"
+    told = f"chat template (SHA-256 {results['chat_template']}), other questions not."
+    assert told in " ".join(printed.split())
+    assert told in render(load_results([tmp_path / "run" / "results.json"]))
+
+    code, printed, results = evaluate(model, keyless)
+    assert code == 0, printed
+    found = results["tasks"][SCORE]
+    assert (found["full"]["score"], found["duo"]["duo-0.5"]["score"]) == (0, 0)
+    assert found["duo"]["duo-0.5"]["verdict"]["kind"] == "cannot_do"
+    assert results["chat_template"] is None
+    assert "chat template" not in printed
+
+
+@pytest.mark.parametrize("flag", ["--suites-chat", "--apply-chat-template"])
+def test_a_model_without_a_template_is_refused_before_it_is_loaded(
+    evaluate, keyless, tmp_path, flag
+):
+    model = copy_needle(tmp_path / "base", None)
+    (model / "model.safetensors").unlink()
+    code, printed, results = evaluate(model, keyless, flag)
+    assert code == 2
+    (line,) = printed.strip().splitlines()
+    assert line.startswith(
+        f"Error: chat template: expected one in the tokenizer of {str(model)!r}, "
+    )
+    assert "found none: leave --apply-chat-template and --suites-chat out" in line
+    assert results is None
+    assert not (tmp_path / "run" / "engines").exists()
 
 
 def test_unknown_names(suite):

@@ -6,11 +6,11 @@ import pytest
 from transformers import LlamaConfig
 
 from tests.e2e.engine import engine
-from vllm_duo import HeadPattern
-from vllm_duo.heads.discovery import PUBLISHED
-from vllm_duo.kv_cache.layout import KVShape, plan_layout
+from tests.published import published_layout
 
 pytestmark = pytest.mark.engine
+
+PATTERN = "Meta-Llama-3.1-8B-Instruct"
 
 
 @pytest.mark.feature("published head patterns")
@@ -27,18 +27,7 @@ def test_the_pattern_is_found_by_the_models_name_and_planned_groups_run(tmp_path
         max_position_embeddings=8192,
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(model)
-    mask = HeadPattern.load(PUBLISHED / "Meta-Llama-3.1-8B-Instruct").select(sparsity=0.5).retrieval
-    layout = plan_layout(
-        KVShape(
-            retrieval_heads=tuple(int(n) for n in mask.sum(1)),
-            streaming_heads=tuple(int(n) for n in (~mask).sum(1)),
-            head_size=128,
-            dtype_bytes=4,
-        ),
-        block_size=16,
-        sink_size=64,
-        recent_size=256,
-    )
+    layout = published_layout(PATTERN, dtype_bytes=4, block_size=16)
     with engine(
         model,
         attention_backend="duo",

@@ -15,7 +15,7 @@ from tests.evaluate.chat_models import CHATML, SPECIAL, copy_needle, write_token
 from tests.evaluate.test_run import settings_of
 from tests.evaluate.test_tasks import count_words
 from vllm_duo.evaluate import run as module
-from vllm_duo.evaluate.prompts import ChatPrompts, PlainPrompts, make_prompts
+from vllm_duo.evaluate.prompts import ChatPrompts, PlainPrompts, load_chat, make_prompts
 from vllm_duo.evaluate.report import tables
 from vllm_duo.evaluate.run import evaluate
 from vllm_duo.evaluate.task import Wanted
@@ -26,6 +26,10 @@ from vllm_duo.report.render import render
 
 BOS = SPECIAL.index("<s>")
 NEEDLES_OWN = "chat_template.jinja"
+
+
+def prompts_of(settings):
+    return make_prompts(settings, count_words, load_chat(settings))
 
 
 @pytest.fixture
@@ -113,17 +117,17 @@ class TestRefused:
         model = write_tokenizer(tmp_path / "model", None)
         given = settings_of(model=str(model), suites=("gsm8k",), suites_chat=True)
         with pytest.raises(ValueError, match="--suites-chat out"):
-            make_prompts(given, count_words)
+            load_chat(given)
 
 
 class TestWhatIsAsked:
     def test_off_by_default(self):
-        assert isinstance(make_prompts(settings_of(), count_words), PlainPrompts)
+        assert isinstance(prompts_of(settings_of()), PlainPrompts)
         assert not settings_of(suites=("gsm8k",)).suites_job()["apply_chat_template"]
 
     def test_suites_alone_leave_the_tasks_plain(self):
         given = settings_of(suites=("gsm8k",), suites_chat=True)
-        assert isinstance(make_prompts(given, count_words), PlainPrompts)
+        assert isinstance(prompts_of(given), PlainPrompts)
 
     def test_suites_are_asked_alike(self):
         given = settings_of(suites=("gsm8k",), apply_chat_template=True)
@@ -132,7 +136,7 @@ class TestWhatIsAsked:
     def test_the_engines_tokenizer_is_used(self, tmp_path):
         other = write_tokenizer(tmp_path / "other", CHATML)
         given = settings_of(apply_chat_template=True, engine={"tokenizer": str(other)})
-        assert "<|im_start|>" in make_prompts(given, count_words).text(("a",), "b")
+        assert "<|im_start|>" in prompts_of(given).text(("a",), "b")
 
     @pytest.fixture
     def asked(self, monkeypatch, tmp_path):

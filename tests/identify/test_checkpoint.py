@@ -66,7 +66,10 @@ def test_full_disk_keeps_the_old_checkpoint_and_says_what_to_do(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"disk of .* is full: \d+ more bytes.*--resume"):
+    told = (
+        r"disk of .* is full, .*: \d+ bytes are needed in .*, \d+ are free; .* is kept: .*--resume"
+    )
+    with pytest.raises(OSError, match=told):
         save_checkpoint(tmp_path, "run", {"x": np.array(2)})
     monkeypatch.undo()
     assert load_checkpoint(tmp_path, "run")["x"] == 1

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -124,32 +119,6 @@ def test_kill_in_the_self_check_resumes_at_the_end(model_folder, uninterrupted, 
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.0, 0.3, 0.9])
-def test_killed_process_resumes(model_folder, tmp_path, delay):
-    """SIGKILL at a moment that nothing can prepare for; delays count from the first checkpoint."""
-    command = [
-        *(sys.executable, "-c", "from vllm_duo.cli.main import main; main()"),
-        *("identify", str(model_folder)),
-        *("--sink-size", "4", "--recent-size", "12", "--max-length", "96", "--min-length", "80"),
-        *("--steps", "60", "--check-samples", "0", "--checkpoint-every", "1"),
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, env=env)
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=env)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "killed" / CHECKPOINT_NAME).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "full_attention_heads.tsv").exists()
-    subprocess.run([*command, "--out", str(tmp_path / "killed"), "--resume"], check=True, env=env)
-    tables = [tmp_path / name / "full_attention_heads.tsv" for name in ("whole", "killed")]
-    assert tables[0].read_bytes() == tables[1].read_bytes()
-
-
 def test_seed_changes_the_result(model_folder, uninterrupted, tmp_path):
     settings = tiny_settings(method="on-the-fly", seed=1, **RUNS["on-the-fly"])
     other = identify(str(model_folder), settings, tmp_path)
@@ -262,11 +231,25 @@ def test_out_of_memory_names_a_length_that_fits(model_folder, tmp_path, monkeypa
         identify(str(model_folder), settings, tmp_path)
 
 
-def test_run_that_is_estimated_not_to_fit_is_refused(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_duo.identify.memory.available_bytes", lambda device: 300_000)
-    with pytest.raises(MemoryError, match=r"--max-length (\d+) or less") as error:
-        identify(str(model_folder), tiny_settings(), tmp_path)
-    assert 16 < int(str(error.value).split("--max-length ")[1].split()[0]) < 96
+@pytest.mark.parametrize(
+    ("left", "batch_size", "remedy"),
+    [
+        (600_000, 1, r"--max-length \d+ or less$"),
+        (600_000, 2, r"a smaller --batch-size$"),  # a length that fits would be too short
+        (1_200_000, 2, r"--max-length \d+ or less, or a smaller --batch-size$"),
+        (300_000, 1, r"a machine with more memory, or --dtype bfloat16$"),
+    ],
+)
+def test_run_that_is_estimated_not_to_fit_is_refused(
+    model_folder, tmp_path, monkeypatch, left, batch_size, remedy
+):
+    monkeypatch.setattr("vllm_duo.identify.memory.available_bytes", lambda device: left)
+    settings = tiny_settings(batch_size=batch_size)
+    with pytest.raises(MemoryError, match=rf"left: use {remedy}") as error:
+        identify(str(model_folder), settings, tmp_path)
+    if "--max-length" in remedy:
+        fits = int(str(error.value).split("--max-length ")[1].split()[0])
+        assert tiny.SINK + tiny.RECENT + 32 < fits < 96
 
 
 def test_full_disk_at_the_end_keeps_the_checkpoint(model_folder, tmp_path, monkeypatch):

@@ -23,56 +23,52 @@ def tokenizer():
 
 
 def random_llama(*, layers=2, heads=4, kv_heads=2, seed=0, **more):
-    """A Llama with peaked attention, whose heads all look far and matter."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
+    """A Llama whose heads all look far and matter."""
+    return _random_model(
+        (LlamaConfig, LlamaForCausalLM),
+        seed,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=8,
-        max_position_embeddings=1024,
         tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
         **more,
     )
-    model = LlamaForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
-        model.model.embed_tokens.weight.normal_(0, 1)
-    return model
 
 
 def sliding_gemma(window, seed=0):
     """A Gemma 3 text model of three layers, the first and the last of which slide."""
-    torch.manual_seed(seed)
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
+    return _random_model(
+        (Gemma3TextConfig, Gemma3ForCausalLM),
+        seed,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
         query_pre_attn_scalar=8,
-        max_position_embeddings=1024,
         sliding_window=window,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
     )
-    model = Gemma3ForCausalLM(config).float().eval()
+
+
+def _random_model(family, seed, **settings):
+    """Random weights with peaked attention; embeddings that the head does not share have size 1."""
+    config_class, model_class = family
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+    }
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = config_class(**(sizes | tokens | settings))
+    model = model_class(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
+        if not config.tie_word_embeddings:
+            model.model.embed_tokens.weight.normal_(0, 1)
     return model
 
 

@@ -1,11 +1,9 @@
-"""Layouts for the tests of their arithmetic: shapes by hand, by hypothesis, of the shipped patterns."""
+"""Layouts for the tests of their arithmetic: shapes by hand and by hypothesis."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from vllm_duo.heads import HeadPattern
-from vllm_duo.heads.discovery import PUBLISHED
 from vllm_duo.kv_cache.layout import Layout, plan_layout
 from vllm_duo.kv_cache.shape import KVShape
 
@@ -43,26 +41,6 @@ def shape_of(retrieval: list[int], streaming: list[int], drafts: int = 0) -> KVS
         dtype_bytes=4,
         draft_token_bytes=drafts,
     )
-
-
-def shipped_layout(
-    name: str,
-    sparsity: float,
-    block_size: int,
-    *,
-    tensor_parallel_size: int = 1,
-    balance: bool = False,
-) -> Layout:
-    selection = HeadPattern.load(PUBLISHED / name).select(
-        sparsity=sparsity, balance_ranks=tensor_parallel_size if balance else 1
-    )
-    ranks = KVShape.split(
-        selection.retrieval,
-        head_size=128,
-        dtype_bytes=2,
-        tensor_parallel_size=tensor_parallel_size,
-    )
-    return plan_layout(ranks, block_size=block_size, sink_size=64, recent_size=256)
 
 
 def is_within_stock(layout: Layout, num_tokens: int) -> bool:

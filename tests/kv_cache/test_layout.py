@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kv_cache.layouts import lengths, plans, shape_of, shipped_layout
+from tests.kv_cache.layouts import lengths, plans, shape_of
+from tests.published import published_layout
 from vllm_duo.heads.discovery import list_shipped
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.layout import KVShape, plan_layout
@@ -17,7 +18,7 @@ from vllm_duo.kv_cache.span import ANY_LENGTH, StreamingSpan
 
 class TestWorkedExamples:
     def test_blocks_of_llama_3_1_8b_at_half_sparsity(self):
-        layout = shipped_layout("Meta-Llama-3.1-8B-Instruct", 0.5, 128)
+        layout = published_layout("Meta-Llama-3.1-8B-Instruct")
         assert (layout.span.block_size, len(layout.bins)) == (128, 1)
         assert layout.blocks(32_768) == 256 + 3
 
@@ -118,7 +119,7 @@ class TestRefusals:
             )
 
     def test_several_ranks_have_no_single_shape(self):
-        layout = shipped_layout(list_shipped()[0], 0.5, 16, tensor_parallel_size=2)
+        layout = published_layout(list_shipped()[0], block_size=16, ranks=2)
         with pytest.raises(ValueError, match=r"2 ranks, expected one: name it"):
             _ = layout.shape
 

@@ -106,3 +106,7 @@ def main() -> None:
     except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
         err.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(INPUT_ERROR)
+    except MemoryError as error:
+        told = str(error) or "an allocation failed"
+        err.print(f"Error: out of memory: {told}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(INPUT_ERROR)

@@ -81,11 +81,12 @@ class ChatPrompts:
     tokenizer: Any
 
     @classmethod
-    def load(cls, name: str, *, trust_remote_code: bool = False) -> Self:
+    def load(cls, name: str, *, begun: bool = True, trust_remote_code: bool = False) -> Self:
         """With the tokenizer of a model.
 
         Args:
             name: folder, or Hugging Face id of a model in the local cache.
+            begun: whether answers will be begun, as those of suites are not.
             trust_remote_code: whether its own Python code may run.
 
         Raises:
@@ -101,14 +102,15 @@ class ChatPrompts:
                 f"{error}"
             ) from None
         made = cls(tokenizer)
-        made.check(name)
+        made.check(name, begun=begun)
         return made
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, *, begun: bool = True) -> None:
         """Try the template.
 
         Args:
             name: of the model, in errors.
+            begun: whether it must go on from an answer that was begun.
 
         Raises:
             ValueError: there is none, or it refuses a conversation of several turns.
@@ -124,12 +126,12 @@ class ChatPrompts:
                 "conversations, or put the model's chat_template.jinja into its folder"
             ) from None
         try:
-            self.text(("Who?", "Anna.", "Where?"), "At the")
+            self.text(("Who?", "Anna.", "Where?"), "At the" if begun else "")
         except (TemplateError, ValueError) as error:
             raise ValueError(
                 f"chat template: expected the one of {name!r} to take messages of a user and an "
-                f"assistant in turn, and an answer that was begun, got: {error}: correct it, or leave "
-                "--apply-chat-template out"
+                f"assistant in turn{', and an answer that was begun' * begun}, got: {error}: correct "
+                "it, or leave --apply-chat-template and --suites-chat out"
             ) from None
 
     @property
@@ -167,21 +169,31 @@ class ChatPrompts:
         return ids
 
 
-def make_prompts(settings: EvalSettings, count_tokens: CountTokens) -> Prompts:
-    """What the settings ask for.
+def load_chat(settings: EvalSettings) -> ChatPrompts | None:
+    """The chat template that all questions or those of suites go through; None: none is asked for.
+
+    Raises:
+        ValueError: one is asked for, and there is none or it cannot be applied.
+    """
+    if not settings.apply_chat_template and not settings.suites_chat:
+        return None
+    return ChatPrompts.load(
+        settings.engine.get("tokenizer") or settings.model,
+        begun=settings.apply_chat_template,
+        trust_remote_code=bool(settings.engine.get("trust_remote_code", False)),
+    )
+
+
+def make_prompts(
+    settings: EvalSettings, count_tokens: CountTokens, chat: ChatPrompts | None
+) -> Prompts:
+    """What the settings ask for, but for suites.
 
     Args:
         settings: of the run.
         count_tokens: tokens of a text as the server counts them, special ones included.
-
-    Raises:
-        ValueError: a chat template is asked for, and there is none or it cannot be applied.
+        chat: of ``load_chat``.
     """
-    plain = PlainPrompts(count_tokens)
-    if not settings.apply_chat_template and not (settings.suites and settings.suites_chat):
-        return plain
-    chat = ChatPrompts.load(
-        settings.engine.get("tokenizer") or settings.model,
-        trust_remote_code=bool(settings.engine.get("trust_remote_code", False)),
-    )
-    return chat if settings.apply_chat_template else plain
+    if chat is None or not settings.apply_chat_template:
+        return PlainPrompts(count_tokens)
+    return chat

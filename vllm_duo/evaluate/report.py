@@ -27,13 +27,14 @@ def tables(results: dict[str, Any]) -> Iterator[RenderableType]:
 def notes_on_prompts(results: dict[str, Any]) -> list[str]:
     """Which questions went through the model's chat template; none where no one did."""
     settings, template = results["settings"], results.get("chat_template")
+    through = "through the model's chat template"
     if template is not None:
+        through += f" (SHA-256 {template})"
+    if settings.get("apply_chat_template"):
         unlike = ", texts for perplexity not" if "perplexity" in results else ""
-        return [
-            f"Questions were asked through the model's chat template (SHA-256 {template}){unlike}."
-        ]
+        return [f"Questions were asked {through}{unlike}."]
     if settings.get("suites") and settings.get("suites_chat"):
-        return ["Suites were asked through the model's chat template, other questions not."]
+        return [f"Suites were asked {through}, other questions not."]
     return []
 
 

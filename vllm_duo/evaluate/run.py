@@ -11,11 +11,11 @@ from typing import Any
 from vllm_duo.config import SECTION
 from vllm_duo.evaluate import perplexity
 from vllm_duo.evaluate.engines import answers_of
-from vllm_duo.evaluate.prompts import CountTokens, Prompts, make_prompts
+from vllm_duo.evaluate.prompts import CountTokens, Prompts, load_chat, make_prompts
 from vllm_duo.evaluate.questions import Questions, make_questions
 from vllm_duo.evaluate.settings import EvalSettings
 from vllm_duo.evaluate.statistics import judge, wilson
-from vllm_duo.evaluate.suites import compared
+from vllm_duo.evaluate.suites import check_suites, compared
 from vllm_duo.evaluate.tasks import TASKS
 from vllm_duo.model_facts import model_refusals
 from vllm_duo.planning.checkpoint import read_checkpoint
@@ -77,12 +77,15 @@ def evaluate(
         progress: called with the name of each engine before it starts.
 
     Raises:
-        RuntimeError: an engine failed.
+        RuntimeError: an engine failed; suites are asked for, and lm-eval is not installed.
         ValueError: no task fits any length; no such model or pattern, or one of another shape; a chat
             template is asked for, and there is none.
         NotImplementedError: duo cannot serve the model.
     """
-    prompts = make_prompts(settings, count_tokens)
+    if settings.suites:
+        check_suites(settings.suites_path)
+    chat = load_chat(settings)
+    prompts = make_prompts(settings, count_tokens, chat)
     questions = make_questions(settings, prompts, count_tokens)
     if not questions.rounds and not questions.texts and not settings.suites:
         reasons = "; ".join(
@@ -93,12 +96,14 @@ def evaluate(
         raise ValueError(f"no task fits any of the lengths: {reasons}")
     selections = {s: selection_of(settings, s) for s in settings.sparsities}
     found: dict[str, dict[str, Any]] = {"questions": {}, "suites": {}}
-    for kind, name, job in _jobs(settings, questions, prompts, selections):
+    template = None if chat is None else chat.template_hash
+    suites = settings.suites_job() | {"chat_template": template}
+    for kind, name, job in _jobs(settings, questions, prompts, selections, suites):
         progress(name if kind == "questions" else f"{name} by lm-eval")
         file = name if kind == "questions" else f"{name}-{kind}"
         found[kind][name] = answers_of(file, job, folder)
     results = _results(settings, questions, found["questions"], vocabulary)
-    results["chat_template"] = prompts.template_hash
+    results["chat_template"] = template
     if settings.suites:
         scores = {name: answers["suites"] for name, answers in found["suites"].items()}
         duos = {n: (s, scores[n]) for n, s in _engines(settings).items() if s is not None}
@@ -111,11 +116,12 @@ def _jobs(
     questions: Questions,
     prompts: Prompts,
     selections: Mapping[float, dict[str, Any]],
+    suites: Mapping[str, Any],
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What each engine is asked, as ("questions" or "suites", the engine's name, job).
 
-    Answers are kept by the whole job, and a selection is part of it: another pattern in the same
-    folder is another job.
+    Answers are kept by the whole job, and a selection is part of it, as the hashes of the chat template
+    and of the suites' own files are: another pattern in the same folder is another job.
     """
     asked: list[list[dict[str, Any]]] = [
         [
@@ -139,7 +145,7 @@ def _jobs(
             yield "questions", name, {"engine": engine} | selection | own
         if settings.suites:
             engine = engine_arguments(settings, sparsity, None)
-            yield "suites", name, {"engine": engine} | selection | {"suites": settings.suites_job()}
+            yield "suites", name, {"engine": engine} | selection | {"suites": suites}
 
 
 def selection_of(settings: EvalSettings, sparsity: float) -> dict[str, Any]:

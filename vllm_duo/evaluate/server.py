@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,10 +21,15 @@ from typing import Self
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
 LOG_TAIL_LINES = 25
+PR_SET_PDEATHSIG = 1
+# Loaded here: a child between fork and exec should do no more than one call.
+_LIBC = ctypes.CDLL(None)
 
 
 class ServerProcess:
     """Runs ``vllm serve`` in a process group of its own; use it as a context manager.
+
+    A server that the main thread started ends with this process, even where that is killed.
 
     Args:
         model: checkpoint folder or name.
@@ -63,6 +70,8 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env=self.env,
                 start_new_session=True,
+                # Of the thread that starts it: one that ends early would take the server along.
+                preexec_fn=end_with_parent if _in_main_thread() else None,
             )
         return self
 
@@ -153,6 +162,16 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 continue
         self.process = None
+
+
+def end_with_parent() -> None:
+    """In a child before its program starts: SIGTERM once the parent is gone, also if that is killed."""
+    if sys.platform == "linux":
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def vllm_command() -> str:

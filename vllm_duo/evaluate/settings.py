@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -67,12 +69,30 @@ class EvalSettings(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refuse_what_is_of_no_suite(self) -> Self:
+        given = [
+            "--" + name.replace("_", "-")
+            for name in ("suites_limit", "suites_path", "suites_fewshot", "suites_chat")
+            if getattr(self, name) is not None and getattr(self, name) is not False
+        ]
+        if given and not self.suites:
+            raise ValueError(
+                f"suites: expected names of lm-eval's tasks with {', '.join(given)}, got none: name "
+                f"some (--suites), or leave {' and '.join(given)} out"
+            )
+        return self
+
     def suites_job(self) -> dict[str, Any]:
-        """What ``suites.run_suites`` asks lm-eval for."""
+        """What ``suites.run_suites`` asks lm-eval for.
+
+        ``files`` is there to tell jobs apart: the SHA-256 of the task files in ``suites_path``.
+        """
         return {
             "tasks": list(self.suites),
             "limit": self.suites_limit,
             "include_path": self.suites_path,
+            "files": None if self.suites_path is None else _hash_tasks(Path(self.suites_path)),
             "num_fewshot": self.suites_fewshot,
             "apply_chat_template": self.suites_chat or self.apply_chat_template,
             "seed": self.seed,
@@ -87,3 +107,12 @@ class EvalSettings(BaseModel):
             "recent_size": self.recent_size,
         }
         return {key: value for key, value in given.items() if value is not None}
+
+
+def _hash_tasks(folder: Path) -> str:
+    """Of all tasks in a folder and what they include: their YAML and Python files."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".yaml", ".yml", ".py") and file.is_file():
+            found.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return found.hexdigest()[:12]

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vllm_duo.evaluate.statistics import judge, wilson
 
+NOT_INSTALLED = "--suites need lm-eval, which is not installed: pip install 'vllm-duo[suites]'"
 Scores = Mapping[str, Mapping[str, float]]
 """Of one side: name of a task's score to the documents' scores, 0 to 1."""
 
@@ -62,6 +65,26 @@ def _summary(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def check_suites(path: str | None) -> None:
+    """Refuse suites that no engine could be asked, before the first one starts.
+
+    Args:
+        path: folder with tasks of one's own; None: there is none.
+
+    Raises:
+        RuntimeError: lm-eval is not installed.
+        ValueError: no such folder.
+    """
+    if find_spec("lm_eval") is None:
+        raise RuntimeError(NOT_INSTALLED)
+    if path is not None and not Path(path).is_dir():
+        found = "a file" if Path(path).exists() else "nothing there"
+        raise ValueError(
+            f"--suites-path {path}: expected a folder with tasks of lm-eval (*.yaml), found {found}: "
+            "correct the path, or leave it out"
+        )
+
+
 def run_suites(job: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Ask one engine what a job names, in this process.
 
@@ -80,9 +103,7 @@ def run_suites(job: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise RuntimeError(
-            "--suites need lm-eval, which is not installed: pip install 'vllm-duo[suites]'"
-        ) from None
+        raise RuntimeError(NOT_INSTALLED) from None
     given = job["suites"]
     manager = TaskManager(include_path=given["include_path"])
     if unknown := sorted(set(given["tasks"]) - set(manager.all_tasks)):

@@ -6,6 +6,7 @@ L is the number of layers (rows), Hkv the number of KV heads of a layer (columns
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,11 @@ from rich.text import Text
 
 from vllm_duo.heads.pattern import HeadPattern, HeadSelection
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Panel = tuple[str, npt.NDArray[np.float64], HeadSelection | None]
+"""Title, [L, Hkv] values from 0 to 1, and the selection to mark."""
 CELL = "██"
 DIGITS = "0123456789"
 COLOURS = (
@@ -77,13 +83,18 @@ def draw(pattern: HeadPattern, selection: HeadSelection | None, title: str, file
     draw_panels([(title, np.clip(pattern.values, 0, 1), selection)], file)
 
 
-def draw_panels(
-    panels: list[tuple[str, npt.NDArray[np.float64], HeadSelection | None]], file: Path
-) -> None:
+def draw_png(pattern: HeadPattern, selection: HeadSelection | None, title: str) -> bytes:
+    """What ``draw`` writes to a .png file."""
+    from vllm_duo.figures import png_of
+
+    return png_of(_figure_of([(title, np.clip(pattern.values, 0, 1), selection)]))
+
+
+def draw_panels(panels: list[Panel], file: Path) -> None:
     """Write heatmaps of one shape side by side.
 
     Args:
-        panels: title, [L, Hkv] values from 0 to 1, and the selection to mark, each.
+        panels: what is drawn.
         file: .png, .svg or .pdf.
 
     Raises:
@@ -93,6 +104,10 @@ def draw_panels(
     from vllm_duo.figures import check_figure_file, save_figure
 
     check_figure_file(file)
+    save_figure(_figure_of(panels), file)
+
+
+def _figure_of(panels: list[Panel]) -> Figure:
     from matplotlib.figure import Figure
 
     layers, heads = panels[0][1].shape
@@ -109,4 +124,4 @@ def draw_panels(
         axes.set_xlabel("KV head")
         axes.set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="value")
-    save_figure(figure, file)
+    return figure

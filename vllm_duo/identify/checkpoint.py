@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import resource
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +32,12 @@ def run_fingerprint(facts: Mapping[str, Any]) -> str:
 
 @contextmanager
 def explain_full_disk(folder: Path, size_bytes: int, kept: str) -> Iterator[None]:
-    """Say what to do when the disk is full.
+    """Say what to do when the disk is full, or a file may grow no further.
+
+    Args:
+        folder: that is written to.
+        size_bytes: of all that is written.
+        kept: what is left of the run, in words.
 
     Raises:
         OSError: as it came, with a message that names the folder, the bytes and what is kept.
@@ -38,13 +45,24 @@ def explain_full_disk(folder: Path, size_bytes: int, kept: str) -> Iterator[None
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.EFBIG:
+            largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+            problem = f"a file of this process may have {largest} bytes (ulimit -f)"
+            remedy = "raise the limit"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem, remedy = f"the disk of {folder} is full, or the quota on it", "make room"
+        else:
             raise
         raise OSError(
             error.errno,
-            f"the disk of {folder} is full: {size_bytes} more bytes are needed; {kept}: make room "
+            f"{problem}: {size_bytes} bytes are needed in {folder}{_free(folder)}; {kept}: {remedy} "
             "and run the same command with --resume",
         ) from None
+
+
+def _free(folder: Path) -> str:
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return f", {shutil.disk_usage(there).free} are free"
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -75,8 +93,15 @@ def save_checkpoint(folder: Path, run: str, arrays: Mapping[str, npt.NDArray[Any
     content = io.BytesIO()
     stored: dict[str, Any] = {_RUN_KEY: np.array(run), **arrays}
     np.savez(content, **stored)
-    with explain_full_disk(folder, content.tell(), "the checkpoint before this one is kept"):
+    before = "the checkpoint before this one is kept"
+    kept = before if has_checkpoint(folder) else "no checkpoint was written before this one"
+    with explain_full_disk(folder, content.tell(), kept):
         write_atomically(folder / CHECKPOINT_NAME, content.getvalue())
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run left its state in `folder`."""
+    return (folder / CHECKPOINT_NAME).exists()
 
 
 def load_checkpoint(folder: Path, run: str) -> Arrays | None:
@@ -86,7 +111,7 @@ def load_checkpoint(folder: Path, run: str) -> Arrays | None:
         ValueError: the file is of another run, or damaged.
     """
     file = folder / CHECKPOINT_NAME
-    if not file.exists():
+    if not has_checkpoint(folder):
         return None
     try:
         with np.load(file, allow_pickle=False) as stored:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_duo.identify.methods import Job
-from vllm_duo.identify.model import HookedModel
+from vllm_duo.identify.available import available_cpu_bytes
+
+if TYPE_CHECKING:
+    from vllm_duo.identify.methods import Job
+    from vllm_duo.identify.model import HookedModel
 
 SMALLEST_TRIAL = 64
 ESTIMATE_MARGIN = 1.5
 
-_CGROUP = Path("/sys/fs/cgroup")
+_SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
+_SMALLER = "use a machine with more memory, or --dtype bfloat16"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "not enough memory" in text or "can't allocate memory" in text or "out of memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: bool) -> int:
@@ -53,19 +55,53 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on the CPU within the control group's limit."""
+    """Bytes that can still be allocated on a device; on the CPU within all limits of this process."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    amounts = dict(
-        line.split(":") for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    return available_cpu_bytes()
+
+
+def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights do not fit the machine's memory, before they are loaded.
+
+    The kernel would end the process without a word. Models that are not in a folder are not looked at.
+
+    Args:
+        name: of the model.
+        config: of transformers.
+        dtype: of the weights once they are loaded.
+
+    Raises:
+        MemoryError: names what they need and what there is.
+    """
+    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    of_file = getattr(config, "dtype", None)
+    itemsize = of_file.itemsize if isinstance(of_file, torch.dtype) else dtype.itemsize
+    needs = stored * dtype.itemsize / itemsize
+    there = available_cpu_bytes()
+    if needs > there:
+        raise MemoryError(
+            f"model {name}: its weights need about {_gib(needs)} in {str(dtype).split('.')[-1]}, "
+            f"{_gib(there)} are left: {_SMALLER}"
+        )
+
+
+def explain_while_loading(name: str) -> MemoryError:
+    """The error for a model that ran out of memory as it was loaded."""
+    return MemoryError(f"model {name}: out of memory while it was loaded: {_SMALLER}")
+
+
+def explain_after_the_run(length: int) -> MemoryError:
+    """The error for a run that ran out of memory in its self-check, or as its results were written.
+
+    Args:
+        length: of the self-check's samples, in tokens.
+    """
+    return MemoryError(
+        f"out of memory in the self-check, with samples of {length} tokens; the run's checkpoint is "
+        "kept: run the same command with --resume and a shorter --check-length, or with "
+        "--check-samples 0"
     )
-    free = int(amounts["MemAvailable"].split()[0]) * 1024
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-    except OSError:
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - used))
 
 
 def check_fits(job: Job) -> None:
@@ -86,18 +122,23 @@ def check_fits(job: Job) -> None:
 
     if needs(longest) > there:
         fits = int(longest * there / needs(longest))
+        remedies = [f"--max-length {fits} or less"] * (fits >= job.least_length)
+        remedies += ["a smaller --batch-size"] * (batch_size > 1)
         raise MemoryError(
             f"a step of {batch_size} x {longest} tokens needs about {_gib(needs(longest))} beside "
-            f"the weights, {job.model.device} has {_gib(there)} left: use --max-length "
-            f"{fits} or less, or a smaller --batch-size"
+            f"the weights, {job.model.device} has {_gib(there)} left: "
+            + (f"use {', or '.join(remedies)}" if remedies else _SMALLER)
         )
 
 
-def explain_out_of_memory(longest: int, trial: Callable[[int], object]) -> MemoryError:
+def explain_out_of_memory(
+    longest: int, batch_size: int, trial: Callable[[int], object]
+) -> MemoryError:
     """The error for a step that ran out of memory, with a length that was tried and fits.
 
     Args:
         longest: tokens of the longest sample.
+        batch_size: samples of the step.
         trial: computes one step whose samples have that many tokens.
     """
     length = longest // 2
@@ -116,8 +157,8 @@ def explain_out_of_memory(longest: int, trial: Callable[[int], object]) -> Memor
             )
         length //= 2
     return MemoryError(
-        f"out of memory with samples of up to {longest} tokens, and with shorter ones too: use a "
-        "larger device, or --dtype bfloat16"
+        f"out of memory with samples of up to {longest} tokens, and with shorter ones too: use "
+        f"{'a smaller --batch-size, ' if batch_size > 1 else ''}a larger device, or --dtype bfloat16"
     )
 
 

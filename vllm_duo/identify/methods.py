@@ -24,6 +24,8 @@ Progress = Callable[[int, int, str], None]
 """(steps or samples done, all of them, a few words on how it goes)."""
 
 DEFAULT_MAX_LENGTH = 2048
+LEAST_HIDDEN = 32
+"""The longest sample has more tokens than these that no streaming head keeps."""
 
 
 def by_layer(found: Mapping[int, Tensor], num_layers: int) -> Tensor:
@@ -67,6 +69,11 @@ class Job:
         """The heads that a server of this model would choose."""
         return pattern.select(sparsity=sparsity, layers=self.model.info.chosen_layers)
 
+    @property
+    def least_length(self) -> int:
+        """Tokens that the longest sample must have; shorter ones look the same to every head."""
+        return kept_tokens(self.settings, self.model) + LEAST_HIDDEN + 1
+
     def lengths(self) -> tuple[int, int]:
         """Tokens of the shortest and of the longest sample."""
         assert self.settings.min_length is not None
@@ -109,6 +116,11 @@ class ForwardMethod(Protocol):
         ...
 
 
+def kept_tokens(settings: IdentifySettings, model: HookedModel) -> int:
+    """What lies further back no streaming head sees, and no layer that slides."""
+    return max(settings.sink_size + settings.recent_size, model.info.largest_window)
+
+
 def complete(settings: IdentifySettings, model: HookedModel) -> IdentifySettings:
     """Fill in what depends on the model, and check it.
 
@@ -116,30 +128,30 @@ def complete(settings: IdentifySettings, model: HookedModel) -> IdentifySettings
         ValueError: lengths that the model or the rule cannot have.
     """
     limit = model.info.max_positions
-    streams = settings.sink_size + settings.recent_size
     window = model.info.largest_window
-    # What lies further back no streaming head sees, and no layer that slides.
-    kept = max(streams, window)
+    short = kept_tokens(settings, model) + LEAST_HIDDEN
     longest = settings.max_length or min(max(DEFAULT_MAX_LENGTH, 2 * window), limit)
     if longest > limit:
         raise ValueError(
             f"--max-length {longest}: expected at most the model's {limit} positions: lower it"
         )
-    if longest <= kept + 32:
+    if longest <= short:
         raise ValueError(
-            f"--max-length {longest}: expected more than {kept + 32} tokens, since a streaming head "
+            f"--max-length {longest}: expected more than {short} tokens, since a streaming head "
             f"keeps {settings.sink_size} + {settings.recent_size}"
             + (f", layers of the model's own slide over {window}" if window else "")
             + " and shorter samples look the same to every head: raise it, or lower --sink-size and "
             "--recent-size"
         )
-    shortest = settings.min_length or min(longest, max(longest // 8, 2 * kept))
+    shortest = settings.min_length or min(
+        longest, max(longest // 8, 2 * kept_tokens(settings, model))
+    )
     if shortest > longest:
         raise ValueError(f"min_length {shortest} is above max_length {longest}: lower it")
     check_length = settings.check_length or longest
-    if not kept + 32 < check_length <= limit:
+    if not short < check_length <= limit:
         raise ValueError(
-            f"--check-length {check_length}: expected more than {kept + 32} tokens and at most the "
+            f"--check-length {check_length}: expected more than {short} tokens and at most the "
             f"model's {limit} positions: choose another"
         )
     return settings.model_copy(

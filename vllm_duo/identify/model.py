@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from vllm_duo.identify import memory
 from vllm_duo.identify.attention import IMPLEMENTATION, AttentionHook, Policy, full_attention
 from vllm_duo.identify.refusals import config_reasons, probe_reasons, refuse, windows_of
 from vllm_duo.windows import Windows, chosen_layers
@@ -116,15 +117,24 @@ def load_model(name: str, *, device: str | None, dtype: str | None) -> HookedMod
     Raises:
         ValueError: no such model or device, or a tokenizer without character offsets.
         NotImplementedError: the model's attention cannot be hooked; every reason is listed.
+        MemoryError: its weights do not fit.
     """
     target = choose_device(device)
     number = getattr(torch, dtype or ("bfloat16" if target.type == "cuda" else "float32"))
     config = _load_config(name)
     refuse(name, config, list(config_reasons(config)))
     tokenizer = _load_tokenizer(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=number, attn_implementation="eager")
-    model = model.to(target).eval().requires_grad_(False)
-    return hook_model(model, tokenizer, name, target)
+    memory.check_weights_fit(name, config, number)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=number, attn_implementation="eager"
+        )
+        model = model.to(target).eval().requires_grad_(False)
+        return hook_model(model, tokenizer, name, target)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        raise memory.explain_while_loading(name) from None
 
 
 def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> HookedModel:

@@ -8,15 +8,14 @@ import platform
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from vllm_duo.heads import HeadPattern, HeadSelection
+from vllm_duo.heads import HeadPattern
 from vllm_duo.heads.folder import CONFIG_NAME, TSV_NAME
-from vllm_duo.heads.picture import draw
-from vllm_duo.identify.checkpoint import explain_full_disk, write_atomically
+from vllm_duo.heads.picture import draw_png
+from vllm_duo.identify.checkpoint import explain_full_disk, has_checkpoint, write_atomically
 from vllm_duo.identify.exclusive import exclusive_sparsities
 from vllm_duo.identify.methods import Floats, Job, Scores
 from vllm_duo.identify.registry import DESCRIPTIONS
@@ -64,7 +63,7 @@ def write_results(
     """
     pattern = HeadPattern(scores.values, make_metadata(job, scores, check, effort), folder)
     files: dict[str, bytes] = {
-        HEATMAP_NAME: draw_heatmap(
+        HEATMAP_NAME: draw_png(
             pattern,
             job.select(pattern, job.settings.check_sparsity),
             f"{display_name(job)}, {job.settings.method}",
@@ -74,8 +73,8 @@ def write_results(
         CONFIG_NAME: (json.dumps(pattern.metadata, indent=2, ensure_ascii=False) + "\n").encode(),
         TSV_NAME: _table(pattern.values),
     }
-    total = sum(map(len, files.values()))
-    with explain_full_disk(folder, total, "the run's checkpoint is kept"):
+    kept = "the run's checkpoint is kept" if has_checkpoint(folder) else "no result is there yet"
+    with explain_full_disk(folder, sum(map(len, files.values())), kept):
         for name, content in files.items():
             write_atomically(folder / name, content)
     return pattern
@@ -210,14 +209,9 @@ def check_can_draw() -> None:
             "identify draws a heatmap and needs matplotlib, which is not installed: "
             "pip install 'vllm-duo[identify]'"
         )
-
-
-def draw_heatmap(pattern: HeadPattern, selection: HeadSelection, title: str) -> bytes:
-    """A PNG of the values, the selection's retrieval heads marked."""
-    with TemporaryDirectory() as scratch:
-        file = Path(scratch) / HEATMAP_NAME
-        draw(pattern, selection, title, file)
-        return file.read_bytes()
+    # Now: after a run that took all memory the library might no longer load.
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
 
 
 def _table(values: Floats) -> bytes:

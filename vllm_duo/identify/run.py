@@ -92,7 +92,21 @@ def identify(
         if not memory.is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold tensors
-        raise memory.explain_out_of_memory(job.lengths()[1], lambda n: one_step(job, n)) from None
+        batch_size = job.settings.batch_size if job.settings.method == "gates" else 1
+        raise memory.explain_out_of_memory(
+            job.lengths()[1], batch_size, lambda n: one_step(job, n)
+        ) from None
+    try:
+        return _finish(job, scores, keeper, out, progress)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        assert job.settings.check_length is not None
+        raise memory.explain_after_the_run(job.settings.check_length) from None
+
+
+def _finish(job: Job, scores: Scores, keeper: _Keeper, out: Path, progress: Progress) -> Outcome:
+    """Check the pattern, write it, and remove the checkpoint."""
     started = time.monotonic()
     check = None
     if job.settings.check_samples:
@@ -101,7 +115,7 @@ def identify(
         units=count_units(job.settings),
         seconds=keeper.seconds(),
         check_seconds=time.monotonic() - started,
-        peak_memory_bytes=memory.peak_bytes(model.device),
+        peak_memory_bytes=memory.peak_bytes(job.model.device),
         threads=torch.get_num_threads(),
     )
     pattern = write_results(out, job, scores, check, effort)
