@@ -138,7 +138,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "speculative decoding, n-gram": "`--speculative-config` with `ngram`",
         "speculative decoding, custom proposer": "`custom_class`: drafts from tokens alone",
         "speculative decoding, draft model": "",
-        "speculative decoding, EAGLE, MTP, Medusa and the like": "",
+        "speculative decoding, MTP, Medusa and the like": "",
         "draft model with tensor parallelism": "",
         "KV connectors": "offloading, disaggregated prefill (NIXL, LMCache)",
         "KV offloading": "`--kv-offloading-size`",
