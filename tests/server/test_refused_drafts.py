@@ -40,7 +40,11 @@ def test_every_other_way_to_draft(method):
 @pytest.mark.parametrize(
     ("config", "drafts", "reason"),
     [
-        (LLAMA, {"method": "eagle", "kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's"),
+        (
+            LLAMA,
+            {"method": "eagle", "kv_cache_dtype": "fp8"},
+            "the KV cache fp8: it has the model's",
+        ),
         (LLAMA | {"head_dim": 24}, {"method": "eagle3"}, "the head size 24: supported are"),
         (MISTRAL, {"method": "eagle3"}, "the model's own sliding window (2 of 2 layers slide over"),
         (LLAMA, {"parallel_drafting": True}, "drafting in parallel is not tested"),
