@@ -111,10 +111,30 @@ class TestNgram:
         assert sum(outcomes.rejected.values()) > 5
 
 
+# Of the needle model: n-grams, or an EAGLE head of its layers.
+DRAFTERS = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("ngram", marks=pytest.mark.feature("speculative decoding, n-gram")),
+        pytest.param("eagle", marks=pytest.mark.feature("speculative decoding, EAGLE head")),
+    ],
+)
+
+
+def drafts_by(method, folder):
+    """``--speculative-config`` of a method of ``DRAFTERS``; a head is written into the folder."""
+    if method == "ngram":
+        return NGRAM
+    head = make_head(MODEL, method, folder)
+    return {"method": method, "model": str(head), "num_speculative_tokens": 3}
+
+
 @pytest.mark.slow
+@DRAFTERS
 @pytest.mark.feature("torch.compile")
-def test_compiled_model_gives_the_same_tokens(texts, plain, monkeypatch):
-    with needle(speculative_config=NGRAM, enforce_eager=False) as running:
+def test_compiled_model_gives_the_same_tokens(method, texts, plain, tmp_path, monkeypatch):
+    drafts = drafts_by(method, tmp_path)
+    with needle(speculative_config=drafts, enforce_eager=False) as running:
         stepper = Stepper(running, monkeypatch)
         outcomes = Outcomes(stepper.scheduler, monkeypatch)
         assert tokens_of(ask(stepper, texts, max_tokens=TOKENS)) == tokens_of(plain[0])
@@ -123,17 +143,22 @@ def test_compiled_model_gives_the_same_tokens(texts, plain, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.feature("speculative decoding, n-gram")
-def test_a_server_with_drafts_gives_the_tokens_of_one_without(half_server, tmp_path):
+@DRAFTERS
+def test_a_server_with_drafts_gives_the_tokens_of_one_without(method, half_server, tmp_path):
     asked = [prompt for length in (256, 1024, 2048) for prompt in prompts(length, 5)]
-    flags = ["--attention-backend", "duo", "--speculative-config", json.dumps(NGRAM)]
+    drafts = json.dumps(drafts_by(method, tmp_path))
+    flags = ["--attention-backend", "duo", "--speculative-config", drafts]
     with serve(tmp_path / "log", *flags) as server:
         server.wait_until_ready()
         for _ in range(2):
             served = greedy_ids(server, asked, max_tokens=48)
             assert served == greedy_ids(half_server, asked, max_tokens=48)
-        accepted = server.metrics("vllm:spec_decode_num_accepted_tokens_total")
-    assert sum(accepted.values()) > 20
+        accepted, drafted = (
+            sum(server.metrics(f"vllm:spec_decode_num_{what}_tokens_total").values())
+            for what in ("accepted", "draft")
+        )
+    assert accepted > 20
+    assert drafted - accepted > 20
 
 
 SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)

@@ -1,4 +1,4 @@
-"""EAGLE heads for the random models: copies of the model's own layers, so that they are often right."""
+"""EAGLE heads made of copies of the model's own layers, so that they are often right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_head(model: Path, method: str, folder: Path) -> Path:
     sees a request's first token, and this one adds the model's hidden states to the embeddings.
 
     Args:
-        model: folder of a Llama of ``random_models``.
+        model: folder of a Llama, for "eagle3" one with a head of its own (``random_models``).
         method: "eagle" or "eagle3", vLLM's names.
         folder: to write into.
 
@@ -38,8 +38,11 @@ def make_head(model: Path, method: str, folder: Path) -> Path:
             index, rest = name.removeprefix(LAYERS).split(".", 1)
             own[f"layers.{int(index) + first}.{rest}"] = weight
     if method == "eagle":
-        # vLLM's head has no norm before its first layer; the embeddings are nearly normed as they are.
-        del own["layers.0.input_layernorm.weight"]
+        # vLLM's head has no norm before its first layer; all embeddings are about as long.
+        norm = own.pop("layers.0.input_layernorm.weight")
+        norm = norm / weights["model.embed_tokens.weight"].square().mean().sqrt()
+        for projection in "qkv":
+            own[f"layers.0.self_attn.{projection}_proj.weight"] *= norm
         own["fc.weight"] = torch.cat([torch.eye(hidden), HINT * torch.eye(hidden)], dim=1)
     else:
         own |= embedding_layer(config)
