@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from vllm.config.speculative import SpeculativeMethod
 
-from tests.server.configs import LLAMA, MISTRAL, draft_model, reasons_of
+from tests.server.configs import LLAMA, MISTRAL, config_json, draft_model, reasons_of
 from vllm_duo import support
 
 METHODS = set(get_args(SpeculativeMethod))
@@ -27,14 +27,23 @@ def drafting(method, async_scheduling=False):
     )
 
 
-@pytest.mark.refused("speculative decoding, MTP, Medusa and the like")
-@pytest.mark.parametrize("method", sorted(METHODS - TESTED))
-def test_every_other_way_to_draft(method):
-    (reason,) = support._speculation(drafting(method))
-    assert reason == (
+def why(method):
+    return (
         f"speculative decoding by {method!r}: not tested yet; use one of ngram, custom_class, "
         "draft_model, eagle, eagle3 or remove --speculative-config"
     )
+
+
+@pytest.mark.refused("speculative decoding, MTP, Medusa and the like")
+def test_drafts_of_medusa_heads(serve, tmp_path):
+    heads = config_json("MedusaModel", "medusa", num_heads=2, num_hidden_layers=1)
+    drafts = draft_model(tmp_path / "draft", heads, method="medusa")
+    assert reasons_of(serve, speculative_config=drafts) == [why("medusa")]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS - TESTED))
+def test_every_other_way_to_draft(method):
+    assert list(support._speculation(drafting(method))) == [why(method)]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,11 @@ def test_every_other_way_to_draft(method):
             "the KV cache fp8: it has the model's",
         ),
         (LLAMA | {"head_dim": 24}, {"method": "eagle3"}, "the head size 24: supported are"),
-        (MISTRAL, {"method": "eagle3"}, "the model's own sliding window (2 of 2 layers slide over"),
+        (
+            LLAMA | {"sliding_window": 32},
+            {"method": "eagle3"},
+            "the model's own sliding window (2 of 2 layers slide over",
+        ),
         (LLAMA, {"parallel_drafting": True}, "drafting in parallel is not tested"),
         (LLAMA, {"attention_backend": "CPU_ATTN"}, "the attention backend CPU_ATTN: all"),
         (LLAMA, {"kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's own"),
