@@ -74,7 +74,7 @@ def builds_drafter() -> bool:
     return backends.model_tag in (DRAFT_MODEL, EAGLE_TAG)
 
 
-def drafts(layer_name: str, num_layers: int) -> bool:
+def is_drafting_layer(layer_name: str, num_layers: int) -> bool:
     """Whether a layer is a draft model's or an EAGLE head's.
 
     Args:

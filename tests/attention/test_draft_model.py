@@ -24,7 +24,7 @@ from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo import HeadPattern
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.compat.pool_report import check_and_report
-from vllm_duo.drafts import DRAFT_MODEL, EAGLE_TAG, drafts, is_made_for_drafts
+from vllm_duo.drafts import DRAFT_MODEL, EAGLE_TAG, is_drafting_layer, is_made_for_drafts
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 
 HEAD_SIZE = 16
@@ -122,7 +122,7 @@ def specs_of(config):
 @METHODS
 def test_its_heads_keep_every_token(server, method):
     specs, layers = specs_of(server([[0, 1], [0, 0]], method))
-    own = {name: spec for name, spec in specs.items() if drafts(name, 2)}
+    own = {name: spec for name, spec in specs.items() if is_drafting_layer(name, 2)}
     every = RetrievalSpec(block_size=16, num_kv_heads=4, head_size=HEAD_SIZE, dtype=torch.float32)
     assert list(own) == [layer.layer_name for layer in layers]
     assert set(own.values()) == {every}

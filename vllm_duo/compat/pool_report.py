@@ -13,7 +13,7 @@ from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vllm_duo.drafts import Drafts, drafts
+from vllm_duo.drafts import Drafts, is_drafting_layer
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.rank_caches import rank_block_bytes, rank_caches
 from vllm_duo.logging import get_logger
@@ -109,7 +109,7 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig, rank: int = 0) 
     block_bytes = rank_block_bytes(layout, rank)
     names = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
     num_layers = len(layout.ranks[rank].retrieval_heads)
-    drafting = [{name for name in group if drafts(name, num_layers)} for group in names]
+    drafting = [{name for name in group if is_drafting_layer(name, num_layers)} for group in names]
     expected = [sorted(group) for group in rank_caches(layout, rank).groups]
     groups = [
         sorted(map(extract_layer_index, group - drafters))
