@@ -87,7 +87,7 @@ class SnapshotManager(RingManager):
         The next turn resumes at the last block boundary of the answer, for an EAGLE head one block
         earlier (vLLM's ``use_eagle``): then the last snapshot may lie too far on, the one before not.
         """
-        return 1 + self.use_eagle
+        return 2 if self.use_eagle else 1
 
     @classmethod
     def find_longest_cache_hit(
