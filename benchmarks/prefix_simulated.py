@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.prefix_policies import POLICIES, policy
 from benchmarks.prefix_scenarios import Scenario, at_once, chats, users
 from benchmarks.provenance import provenance
-from benchmarks.simulated_config import SHAPES, Kind
+from benchmarks.simulated_config import EAGLE_HEAD, SHAPES, Kind
 from benchmarks.simulated_engine import SimulatedEngine, make_engine
 from vllm_duo.kv_cache.manager import RingManager
 
@@ -49,6 +49,7 @@ class Case:
         shape: the model, a key of ``SHAPES``.
         sparsity: share of the KV heads that stream.
         chunk_tokens: most tokens of a step.
+        eagle_head: one drafts, so that vLLM drops the last block of every hit; all drafts are wrong.
     """
 
     scenarios: tuple[str, ...]
@@ -58,6 +59,7 @@ class Case:
     shape: str = "llama-3.1-8b"
     sparsity: float = 0.5
     chunk_tokens: int = 2_048
+    eagle_head: bool = False
 
     def made(self) -> list[Scenario]:
         """The scenarios."""
@@ -85,6 +87,8 @@ def hits_of(case: Case, kind: Kind) -> dict[str, Any]:
         max_num_seqs=64,
         max_num_batched_tokens=case.chunk_tokens,
         prefix_caching=True,
+        num_speculative_tokens=3 if case.eagle_head else 0,
+        eagle_head=EAGLE_HEAD if case.eagle_head else None,
     )
     results = {
         name: _run(engine, scenario, name)

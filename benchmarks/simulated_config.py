@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllm_duo.drafts import Drafts
+from vllm_duo.drafts import Drafts, draft_model_of
 from vllm_duo.server_plan import resolve_plan
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
     from vllm_duo.kv_cache.layout import Layout
 
@@ -54,41 +54,69 @@ SHAPES = {
     ),
 }
 
+EAGLE_HEAD = ModelShape(num_layers=1, num_heads=32, num_kv_heads=8, head_size=128, pattern="")
+"""The published heads for ``llama-3.1-8b``: one layer of the model's."""
+
 
 def make_config(
-    shape: ModelShape, section: dict[str, Any] | None, *, max_model_len: int, **settings: Any
+    shape: ModelShape,
+    section: dict[str, Any] | None,
+    *,
+    max_model_len: int,
+    num_speculative_tokens: int = 0,
+    eagle_head: ModelShape | None = None,
+    **settings: Any,
 ) -> VllmConfig:
-    """A server's config; with duo's backend where its section is given."""
+    """A server's config; with duo's backend where its section is given.
+
+    Args:
+        shape: the model.
+        section: duo's.
+        max_model_len: longest request, in tokens.
+        num_speculative_tokens: drafts of a step at most; 0 for none.
+        eagle_head: drafts in place of n-grams.
+        settings: more of vLLM's engine arguments.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     if section is not None:
         settings |= {"attention_backend": "duo", "additional_config": {"duo": section}}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(
-            json.dumps(
-                {
-                    "architectures": ["LlamaForCausalLM"],
-                    "model_type": "llama",
-                    "dtype": "bfloat16",
-                    "hidden_size": shape.num_heads * shape.head_size,
-                    "intermediate_size": 4 * shape.num_heads * shape.head_size,
-                    "num_hidden_layers": shape.num_layers,
-                    "num_attention_heads": shape.num_heads,
-                    "num_key_value_heads": shape.num_kv_heads,
-                    "head_dim": shape.head_size,
-                    "max_position_embeddings": max_model_len,
-                    "vocab_size": 32_000,
-                }
-                | _window_keys(shape)
-            )
-        )
+        if num_speculative_tokens:
+            drafts: dict[str, Any] = {"num_speculative_tokens": num_speculative_tokens}
+            if eagle_head is None:
+                drafts["method"] = "ngram"
+            else:
+                head = _write_model(Path(folder) / "head", eagle_head, max_model_len)
+                drafts |= {"method": "eagle", "model": head}
+            settings["speculative_config"] = drafts
         return EngineArgs(
-            model=folder,
+            model=_write_model(Path(folder) / "model", shape, max_model_len),
             skip_tokenizer_init=True,
             enforce_eager=True,
             max_model_len=max_model_len,
             **settings,
         ).create_engine_config()
+
+
+def _write_model(folder: Path, shape: ModelShape, max_model_len: int) -> str:
+    """Write config.json alone; returns the folder."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": shape.num_heads * shape.head_size,
+        "intermediate_size": 4 * shape.num_heads * shape.head_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_size,
+        "max_position_embeddings": max_model_len,
+        "vocab_size": 32_000,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | _window_keys(shape)))
+    return str(folder)
 
 
 def _window_keys(shape: ModelShape) -> dict[str, Any]:
@@ -105,7 +133,6 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
         get_supported_kv_cache_layouts,
         resolve_kv_cache_layout,
     )
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     model = config.model_config
     block_size = config.cache_config.block_size
@@ -118,17 +145,11 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
     if kind == "stock":
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as Backend
 
-        spec = FullAttentionSpec(
-            block_size=block_size,
-            num_kv_heads=model.get_total_num_kv_heads(),
-            head_size=model.get_head_size(),
-            dtype=model.dtype,
-        )
-        specs = dict.fromkeys(names, spec)
+        specs = dict.fromkeys(names, _full_spec(model, block_size))
     else:
-        from vllm_duo.attention import specs as duo_specs
         from vllm_duo.attention.backend import DuoAttentionBackend as Backend
         from vllm_duo.attention.sibling_cache import SUFFIX
+        from vllm_duo.attention.specs import retrieval_spec, streaming_spec
 
         layout = resolve_plan(config).layout(
             head_size=model.get_head_size(),
@@ -137,20 +158,54 @@ def cache_specs(config: VllmConfig, kind: Kind) -> tuple[dict[str, KVCacheSpec],
             max_model_len=model.max_model_len,
             drafts=Drafts.of(config),
         )
-        # All that the specs read of an attention layer.
-        layer: Any = SimpleNamespace(
-            head_size=model.get_head_size(),
-            kv_cache_torch_dtype=model.dtype,
-            kv_cache_dtype=config.cache_config.cache_dtype,
-        )
+        layer = _layer(model, config)
         for index, name in enumerate(names):
             retrieval = layout.shape.retrieval_heads[index]
             streaming = layout.shape.streaming_heads[index]
             if retrieval:
-                specs[name] = duo_specs.retrieval_spec(layer, retrieval, config)
+                specs[name] = retrieval_spec(layer, retrieval, config)
             if streaming:
                 sibling = name + SUFFIX if retrieval else name
-                specs[sibling] = duo_specs.streaming_spec(layer, index, streaming, config)
+                specs[sibling] = streaming_spec(layer, index, streaming, config)
+    specs |= _head_specs(config, kind)
     supported = [found.name for found in get_supported_kv_cache_layouts([Backend])]
     resolve_kv_cache_layout(config, [supported], specs.values())
     return specs, layout
+
+
+def _head_specs(config: VllmConfig, kind: Kind) -> dict[str, KVCacheSpec]:
+    """Spec of each layer of an EAGLE head, numbered on from the model's; none without one."""
+    from vllm_duo.attention.specs import retrieval_spec
+
+    head = draft_model_of(config)
+    if head is None:
+        return {}
+    spec: KVCacheSpec
+    if kind == "stock":
+        spec = _full_spec(head, config.cache_config.block_size)
+    else:
+        spec = retrieval_spec(_layer(head, config), head.get_total_num_kv_heads(), config)
+    first = config.model_config.get_total_num_hidden_layers()
+    layers = range(first, first + head.get_total_num_hidden_layers())
+    return {f"model.layers.{layer}.self_attn.attn": spec for layer in layers}
+
+
+def _layer(model: ModelConfig, config: VllmConfig) -> Any:
+    """All that duo's specs read of an attention layer."""
+    return SimpleNamespace(
+        head_size=model.get_head_size(),
+        kv_cache_torch_dtype=model.dtype,
+        kv_cache_dtype=config.cache_config.cache_dtype,
+    )
+
+
+def _full_spec(model: ModelConfig, block_size: int) -> FullAttentionSpec:
+    """Spec of a layer all of whose heads keep every token."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return FullAttentionSpec(
+        block_size=block_size,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+    )

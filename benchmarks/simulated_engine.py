@@ -193,6 +193,7 @@ def make_engine(
     duo: dict[str, Any] | None = None,
     async_scheduling: bool = False,
     num_speculative_tokens: int = 0,
+    eagle_head: ModelShape | None = None,
     cache_events: bool = False,
 ) -> SimulatedEngine:
     """Make an engine as vLLM's engine core does, from a config alone.
@@ -213,6 +214,7 @@ def make_engine(
         duo: more settings of duo's section, such as ``sink_size``.
         async_scheduling: a step is scheduled before the one ahead of it has ended, as on GPUs.
         num_speculative_tokens: drafts of a step at most; whoever steps the engine has to make them.
+        eagle_head: makes them instead of n-grams, so its keys and values share the pool.
         cache_events: whether the scheduler hands KV cache events to its ``kv_event_publisher``.
 
     Raises:
@@ -234,9 +236,8 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         scheduling_policy=scheduling_policy,
-        speculative_config={"method": "ngram", "num_speculative_tokens": num_speculative_tokens}
-        if num_speculative_tokens
-        else None,
+        num_speculative_tokens=num_speculative_tokens,
+        eagle_head=eagle_head,
         kv_events_config={"enable_kv_cache_events": True, "publisher": "null"}
         if cache_events
         else None,

@@ -12,7 +12,16 @@ DRAFTS_OF_TOKENS = ("ngram", "custom_class")
 """vLLM's methods that draft from tokens alone, without attention layers."""
 
 DRAFT_MODEL = "draft_model"
-"""vLLM's method that drafts with a model of its own, and the prefix of its layers' names."""
+"""vLLM's method that drafts with a model of its own, its tag and the prefix of its layers' names."""
+
+EAGLE_HEADS = ("eagle", "eagle3")
+"""vLLM's methods that draft from the model's hidden states with a few layers more: an EAGLE head."""
+
+DRAFTS_OF_LAYERS = (DRAFT_MODEL, *EAGLE_HEADS)
+"""vLLM's methods whose drafts come from attention layers of their own."""
+
+EAGLE_TAG = "eagle_head"
+"""What vLLM tags an EAGLE head with while it builds one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +30,7 @@ class Drafts:
 
     Attributes:
         size: speculative tokens of a step at most: so many positions may be written and rolled back.
-        token_bytes: bytes of one token in all layers of a draft model; 0 without one.
+        token_bytes: bytes of one token in all layers of a draft model or an EAGLE head; 0 without one.
     """
 
     size: int = 0
@@ -41,17 +50,41 @@ class Drafts:
 
 
 def draft_model_of(vllm_config: VllmConfig) -> ModelConfig | None:
-    """The model that drafts, if one does."""
+    """The draft model or EAGLE head, if one drafts."""
     speculation = vllm_config.speculative_config
-    if speculation is None or speculation.method != DRAFT_MODEL:
+    if speculation is None or speculation.method not in DRAFTS_OF_LAYERS:
         return None
     return speculation.draft_model_config
 
 
-def is_draft_model(vllm_config: VllmConfig) -> bool:
-    """Whether this is the config that vLLM makes for the draft model, not the server's own."""
-    drafting = draft_model_of(vllm_config)
-    return drafting is not None and drafting is vllm_config.model_config
+def is_made_for_drafts(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM has made this config for what drafts, not for the server.
+
+    It is a copy of the server's, made once the model's layers are there; of an EAGLE head's even the
+    model is the server's.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    return draft_model_of(vllm_config) is not None and bool(layers)
+
+
+def builds_drafter() -> bool:
+    """Whether vLLM is building what drafts right now, not the model; it tags what it builds."""
+    from vllm.compilation import backends
+
+    return backends.model_tag in (DRAFT_MODEL, EAGLE_TAG)
+
+
+def is_drafting_layer(layer_name: str, num_layers: int) -> bool:
+    """Whether a layer is a draft model's or an EAGLE head's.
+
+    Args:
+        layer_name: a draft model's begins with its method, an EAGLE head's layers are numbered on from
+            the model's.
+        num_layers: of the model.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return layer_name.startswith(f"{DRAFT_MODEL}.") or extract_layer_index(layer_name) >= num_layers
 
 
 def _token_bytes(model: ModelConfig) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
-from vllm_duo.drafts import DRAFT_MODEL, DRAFTS_OF_TOKENS
+from vllm_duo.drafts import DRAFTS_OF_LAYERS, DRAFTS_OF_TOKENS
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.model_facts import ModelFacts, draft_refusals, model_refusals
@@ -228,16 +228,12 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     method = speculation.method
     if method in DRAFTS_OF_TOKENS:
         return
-    if method == DRAFT_MODEL:
+    if method in DRAFTS_OF_LAYERS:
         yield from _draft_model(vllm_config)
         return
-    if method in ("suffix", "ngram_gpu"):
-        why = "not tested yet"
-    else:
-        why = "its layers would read the model's own caches or hidden states, which is not tested"
     yield (
-        f"speculative decoding by {method!r}: {why}; use one of "
-        f"{', '.join((*DRAFTS_OF_TOKENS, DRAFT_MODEL))} or remove --speculative-config"
+        f"speculative decoding by {method!r}: not tested yet; use one of "
+        f"{', '.join((*DRAFTS_OF_TOKENS, *DRAFTS_OF_LAYERS))} or remove --speculative-config"
     )
 
 

@@ -87,8 +87,8 @@ def test_window_that_hides_nothing_is_none(config, own):
 
 
 def test_draft_models_window_is_refused(config, monkeypatch):
-    monkeypatch.setattr(impl, "is_draft_model", lambda _: True)
-    with pytest.raises(NotImplementedError, match="a draft model with a sliding window"):
+    monkeypatch.setattr(impl, "builds_drafter", lambda: True)
+    with pytest.raises(NotImplementedError, match="a draft model or EAGLE head with a sliding w"):
         make_layer(sliding_window=32)
 
 

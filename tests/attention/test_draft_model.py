@@ -1,4 +1,4 @@
-"""A draft model's layers beside the model's own, before vLLM's own grouping."""
+"""Layers of a draft model or an EAGLE head beside the model's own, before vLLM's own grouping."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.compilation.backends import set_model_tag
 from vllm.config import set_current_vllm_config
 from vllm.config.utils import replace
 from vllm.engine.arg_utils import EngineArgs
@@ -23,11 +24,12 @@ from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo import HeadPattern
 from vllm_duo.attention.backend import DuoAttentionBackend
 from vllm_duo.compat.pool_report import check_and_report
-from vllm_duo.drafts import DRAFT_MODEL, is_draft_model
+from vllm_duo.drafts import DRAFT_MODEL, EAGLE_TAG, is_drafting_layer, is_made_for_drafts
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 
 HEAD_SIZE = 16
 POOL_BYTES = 2**26
+METHODS = pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
 
 
 def write_config(folder, layers, kv_heads):
@@ -52,7 +54,7 @@ def write_config(folder, layers, kv_heads):
 def server(tmp_path):
     """Makes a server's config: 2 layers with 2 KV heads, 3 layers with 4 KV heads draft for them."""
 
-    def server(mask):
+    def server(mask, method):
         model = write_config(tmp_path / "model", 2, 2)
         draft = write_config(tmp_path / "draft", 3, 4)
         HeadPattern(np.asarray(mask, dtype=float)).save(model / "duo_pattern")
@@ -65,7 +67,7 @@ def server(tmp_path):
             attention_backend="duo",
             additional_config={"duo": {"threshold": 0.5}},
             speculative_config={
-                "method": "draft_model",
+                "method": method,
                 "model": str(draft),
                 "num_speculative_tokens": 5,
             },
@@ -74,7 +76,7 @@ def server(tmp_path):
     return server
 
 
-def make_layers(config, layers, kv_heads, prefix=""):
+def make_layers(config, layers, kv_heads, prefix="model"):
     """Attention layers as a model's constructor and loader make them."""
     with set_current_vllm_config(config):
         made = [
@@ -84,9 +86,9 @@ def make_layers(config, layers, kv_heads, prefix=""):
                 1.0,
                 kv_heads,
                 cache_config=config.cache_config,
-                prefix=f"{prefix}model.layers.{layer}.self_attn.attn",
+                prefix=f"{prefix}.layers.{layer}.self_attn.attn",
             )
-            for layer in range(layers)
+            for layer in layers
         ]
     for layer in made:
         layer.process_weights_after_loading(torch.float32)
@@ -95,11 +97,20 @@ def make_layers(config, layers, kv_heads, prefix=""):
 
 def specs_of(config):
     """Spec of each cache, the model's and the draft model's, as vLLM's runner collects them."""
-    drafting = replace(config, model_config=config.speculative_config.draft_model_config)
-    assert is_draft_model(drafting)
-    assert not is_draft_model(config)
-    make_layers(config, 2, 2)
-    layers = make_layers(drafting, 3, 4, f"{DRAFT_MODEL}.")
+    assert not is_made_for_drafts(config)
+    make_layers(config, range(2), 2)
+    speculation = config.speculative_config
+    attention = replace(config.attention_config, backend=speculation.attention_backend)
+    if speculation.method == DRAFT_MODEL:
+        drafting = replace(config, model_config=speculation.draft_model_config)
+        tag, prefix, numbers = DRAFT_MODEL, f"{DRAFT_MODEL}.model", range(3)
+    else:
+        # Of the server's model; its layers are numbered on from the model's.
+        drafting = replace(config, attention_config=attention)
+        tag, prefix, numbers = EAGLE_TAG, "model", range(2, 5)
+    assert is_made_for_drafts(drafting)
+    with set_model_tag(tag):
+        layers = make_layers(drafting, numbers, 4, prefix)
     specs = GPUModelRunner.get_kv_cache_spec(
         SimpleNamespace(vllm_config=config, shared_kv_cache_layers={})
     )
@@ -108,21 +119,23 @@ def specs_of(config):
     return specs, layers
 
 
-def test_its_heads_keep_every_token(server):
-    specs, layers = specs_of(server([[0, 1], [0, 0]]))
-    drafts = {name: spec for name, spec in specs.items() if name.startswith(DRAFT_MODEL)}
+@METHODS
+def test_its_heads_keep_every_token(server, method):
+    specs, layers = specs_of(server([[0, 1], [0, 0]], method))
+    own = {name: spec for name, spec in specs.items() if is_drafting_layer(name, 2)}
     every = RetrievalSpec(block_size=16, num_kv_heads=4, head_size=HEAD_SIZE, dtype=torch.float32)
-    assert list(drafts) == [layer.layer_name for layer in layers]
-    assert set(drafts.values()) == {every}
+    assert list(own) == [layer.layer_name for layer in layers]
+    assert set(own.values()) == {every}
     assert all(layer.impl.heads.retrieval.tolist() == [0, 1, 2, 3] for layer in layers)
     streaming = [spec for spec in specs.values() if isinstance(spec, StreamingSpec)]
     # Room for what it drafts, and blocks for the tokens ahead that its own passes write.
     assert {(spec.draft_size, spec.lookahead_size) for spec in streaming} == {(5, 5)}
 
 
+@METHODS
 @pytest.mark.parametrize("mask", [[[0, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [1, 0]]])
-def test_vllm_groups_both_models_as_planned(server, mask):
-    config = server(mask)
+def test_vllm_groups_both_models_as_planned(server, mask, method):
+    config = server(mask, method)
     specs, layers = specs_of(config)
     (found,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [POOL_BYTES])
     layout = check_and_report(config, found)
@@ -131,9 +144,10 @@ def test_vllm_groups_both_models_as_planned(server, mask):
     assert {layer.layer_name for layer in layers} <= set(found.kv_cache_groups[0].layer_names)
 
 
-def test_all_heads_of_both_models_retrieve(server):
+@METHODS
+def test_all_heads_of_both_models_retrieve(server, method):
     """Without a streaming head there is nothing to report; both models are in one group."""
-    config = server([[1, 1], [1, 1]])
+    config = server([[1, 1], [1, 1]], method)
     specs, _ = specs_of(config)
     (found,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [POOL_BYTES])
     assert check_and_report(config, found) is None

@@ -22,6 +22,7 @@ from vllm_duo.heads.discovery import PUBLISHED, list_shipped
 from vllm_duo.kv_cache.spec import RetrievalSpec
 
 SERVER = SimpleNamespace(
+    speculative_config=None,
     scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
     attention_config=SimpleNamespace(hisparse_config=None),
 )
@@ -113,16 +114,21 @@ def test_foreign_cache_is_refused_by_name(foreign):
 
 
 @pytest.mark.parametrize("heads", [((1, 1), (1, 1)), ((0, 0), (2, 2)), ((2, 2), (0, 0))])
-def test_a_draft_models_layers_join_the_retrieval_heads(heads):
-    """vLLM looks for a draft model's layers in one group, the first; its heads have another size."""
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("draft_model", ("draft_model.model.layers.0", "draft_model.model.layers.1")),
+        ("eagle3", ("model.layers.2", "model.layers.3")),
+    ],
+)
+def test_layers_that_draft_join_the_retrieval_heads(heads, method, names):
+    """vLLM looks for them in one group, the first; their heads have another size."""
     layout = layout_of(*heads, draft_token_bytes=2 * 3 * 2 * 8 * 4)
-    drafts = {
-        f"draft_model.model.layers.{layer}.self_attn.attn": RetrievalSpec(
-            block_size=16, num_kv_heads=3, head_size=8, dtype=torch.float32
-        )
-        for layer in range(2)
-    }
-    groups = kv_cache_utils.get_kv_cache_groups(SERVER, specs_of(layout) | drafts)
+    spec = RetrievalSpec(block_size=16, num_kv_heads=3, head_size=8, dtype=torch.float32)
+    drafts = {f"{name}.self_attn.attn": spec for name in names}
+    drafting = SimpleNamespace(method=method, draft_model_config=object())
+    server = SimpleNamespace(**vars(SERVER) | {"speculative_config": drafting})
+    groups = kv_cache_utils.get_kv_cache_groups(server, specs_of(layout) | drafts)
     assert drafts.keys() <= set(groups[0].layer_names)
     assert len(groups) == layout.num_groups
     assert max(group.kv_cache_spec.page_size_bytes for group in groups) == layout.block_bytes

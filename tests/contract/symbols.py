@@ -57,10 +57,30 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             "vllm.config:SpeculativeConfig",
             members("method", "num_speculative_tokens", "draft_model_config"),
         ),
-        (f"{DRAFTERS}.draft_model:DraftModelProposer._get_model", names('prefix="draft_model"')),
         (
-            f"{DRAFTERS}.draft_model:DraftModelProposer._create_draft_vllm_config",
-            names("model_config=spec.draft_model_config"),
+            f"{DRAFTERS}.draft_model:DraftModelProposer._get_model",
+            names('set_model_tag("draft_model")', 'prefix="draft_model"'),
+        ),
+        (
+            f"{DRAFTERS}.llm_base_proposer:SpecDecodeBaseProposer._get_model",
+            names('set_model_tag("eagle_head")'),
+        ),
+        ("vllm.compilation.backends:model_tag", is_("backbone")),
+        # Both are made once the model's layers are there, and share the context that these are in.
+        ("vllm.config:CompilationConfig", members("static_forward_context")),
+        (f"{RUNNER}:GPUModelRunner.load_model", names("self.drafter.load_model(self.model)")),
+        (
+            "vllm.v1.worker.cpu_model_runner:CPUModelRunner.load_model",
+            names("self.drafter.load_model(self.model)"),
+        ),
+        # An EAGLE head's layers are numbered on from the model's.
+        (
+            "vllm.model_executor.models.llama_eagle:EagleLlamaForCausalLM.__init__",
+            names("start_layer_id=target_layer_num"),
+        ),
+        (
+            "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM.__init__",
+            names("start_layer_id=target_layer_num"),
         ),
         ("vllm.config:VllmConfig", members("num_lookahead_tokens")),
     ],
@@ -270,6 +290,17 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             names("num_tokens_to_cache = min(", "            request.num_tokens,\n"),
         ),
         (f"{MANAGERS}:SingleTypeKVCacheManager._get_num_evictable_blocks", takes("blocks")),
+        # With an EAGLE head every group drops a block that vLLM has asked for beyond what it wants.
+        (f"{MANAGERS}:SingleTypeKVCacheManager", sets("use_eagle")),
+        (
+            f"{MANAGERS}:SingleTypeKVCacheManager.find_longest_cache_hit",
+            takes("max_length", "drop_eagle_block"),
+        ),
+        (COORDINATOR, sets("eagle_group_ids = set(range(len(kv_cache_config.kv_cache_groups)))")),
+        (
+            "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
+            names("curr_hit_length + eagle_margin", "drop_eagle_block=drop_eagle_block"),
+        ),
     ],
     "compat/preempted_pages.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", takes("request")),

@@ -15,6 +15,7 @@ from tests.e2e.engine import engine, write_pattern
 from tests.e2e.needle import MODEL, RECENT, SINK, greedy_ids, prompts, serve, token_ids
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
+from tests.models.eagle_heads import make_head
 from tests.models.random_models import Shape
 from tests.oracle import Oracle, assert_right, mismatches
 
@@ -110,10 +111,30 @@ class TestNgram:
         assert sum(outcomes.rejected.values()) > 5
 
 
+# Of the needle model: n-grams, or an EAGLE head of its layers.
+DRAFTERS = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("ngram", marks=pytest.mark.feature("speculative decoding, n-gram")),
+        pytest.param("eagle", marks=pytest.mark.feature("speculative decoding, EAGLE head")),
+    ],
+)
+
+
+def drafts_by(method, folder):
+    """``--speculative-config`` of a method of ``DRAFTERS``; a head is written into the folder."""
+    if method == "ngram":
+        return NGRAM
+    head = make_head(MODEL, method, folder)
+    return {"method": method, "model": str(head), "num_speculative_tokens": 3}
+
+
 @pytest.mark.slow
+@DRAFTERS
 @pytest.mark.feature("torch.compile")
-def test_compiled_model_gives_the_same_tokens(texts, plain, monkeypatch):
-    with needle(speculative_config=NGRAM, enforce_eager=False) as running:
+def test_compiled_model_gives_the_same_tokens(method, texts, plain, tmp_path, monkeypatch):
+    drafts = drafts_by(method, tmp_path)
+    with needle(speculative_config=drafts, enforce_eager=False) as running:
         stepper = Stepper(running, monkeypatch)
         outcomes = Outcomes(stepper.scheduler, monkeypatch)
         assert tokens_of(ask(stepper, texts, max_tokens=TOKENS)) == tokens_of(plain[0])
@@ -122,17 +143,22 @@ def test_compiled_model_gives_the_same_tokens(texts, plain, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.feature("speculative decoding, n-gram")
-def test_a_server_with_drafts_gives_the_tokens_of_one_without(half_server, tmp_path):
+@DRAFTERS
+def test_a_server_with_drafts_gives_the_tokens_of_one_without(method, half_server, tmp_path):
     asked = [prompt for length in (256, 1024, 2048) for prompt in prompts(length, 5)]
-    flags = ["--attention-backend", "duo", "--speculative-config", json.dumps(NGRAM)]
+    drafts = json.dumps(drafts_by(method, tmp_path))
+    flags = ["--attention-backend", "duo", "--speculative-config", drafts]
     with serve(tmp_path / "log", *flags) as server:
         server.wait_until_ready()
         for _ in range(2):
             served = greedy_ids(server, asked, max_tokens=48)
             assert served == greedy_ids(half_server, asked, max_tokens=48)
-        accepted = server.metrics("vllm:spec_decode_num_accepted_tokens_total")
-    assert sum(accepted.values()) > 20
+        accepted, drafted = (
+            sum(server.metrics(f"vllm:spec_decode_num_{what}_tokens_total").values())
+            for what in ("accepted", "draft")
+        )
+    assert accepted > 20
+    assert drafted - accepted > 20
 
 
 SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
@@ -245,27 +271,46 @@ def test_a_small_pool_preempts_in_the_middle_of_drafts(known, monkeypatch):
     assert len(outcomes.accepted) == 6
 
 
-# Itself with every head a retrieval head is often right; another one hardly ever.
+# Itself with every head a retrieval head is often right, and so are heads of copies of its layers;
+# another model hardly ever.
 DRAFT_SHAPES = {"itself": SHAPE, "another": Shape("llama", group=1, head_size=64, kv_heads=2)}
+MODEL_DRAFTS = pytest.mark.feature("speculative decoding, draft model")
+HEAD_DRAFTS = pytest.mark.feature(
+    "speculative decoding, EAGLE head", "prefix caching", "preemption"
+)
+
+
+@pytest.fixture
+def drafting(known, checkpoint, tmp_path):
+    """Makes ``--speculative-config`` of something with layers that drafts for the known model."""
+
+    def drafting(drafter):
+        if drafter in DRAFT_SHAPES:
+            method, folder = "draft_model", checkpoint(DRAFT_SHAPES[drafter])
+        else:
+            method, folder = drafter, make_head(known[0], drafter, tmp_path)
+        return {"method": method, "model": str(folder), "num_speculative_tokens": 3}
+
+    return drafting
 
 
 @pytest.mark.parametrize(
     ("drafter", "caching"),
-    [("itself", True), pytest.param("another", False, marks=pytest.mark.slow)],
+    [
+        pytest.param("itself", True, marks=MODEL_DRAFTS),
+        pytest.param("another", False, marks=[MODEL_DRAFTS, pytest.mark.slow]),
+        pytest.param("eagle", True, marks=HEAD_DRAFTS),
+        pytest.param("eagle3", True, marks=HEAD_DRAFTS),
+        pytest.param("eagle3", False, marks=[HEAD_DRAFTS, pytest.mark.slow]),
+    ],
 )
-@pytest.mark.feature("speculative decoding, draft model")
-def test_a_draft_model_changes_no_token(drafter, caching, known, checkpoint, monkeypatch):
-    """Its layers keep every token, in the blocks of the retrieval heads."""
+def test_layers_that_draft_change_no_token(drafter, caching, known, drafting, monkeypatch):
+    """They keep every token, in the blocks of the retrieval heads."""
     model, pattern, asked, answers = known
-    drafts = {
-        "method": "draft_model",
-        "model": str(checkpoint(DRAFT_SHAPES[drafter])),
-        "num_speculative_tokens": 3,
-    }
     with engine(
         model,
         pattern,
-        speculative_config=drafts,
+        speculative_config=drafting(drafter),
         enable_prefix_caching=caching,
         max_num_batched_tokens=100,
         # Room for two and a half of the longest requests: some are preempted.
@@ -274,8 +319,43 @@ def test_a_draft_model_changes_no_token(drafter, caching, known, checkpoint, mon
     ) as running:
         stepper = Stepper(running, monkeypatch)
         outcomes = Outcomes(stepper.scheduler, monkeypatch)
-        for turn in range(1 + caching):
-            assert tokens_of(ask(stepper, asked, turn, max_tokens=200)) == answers
+        served = ask(stepper, asked, max_tokens=200)
+        assert tokens_of(served) == answers
+        if caching:
+            # One after the other, so that nobody else takes the blocks between.
+            for name in ("alone", "again"):
+                answer = stepper.ask(name, asked[-1], max_tokens=40)
+                assert list(answer.tokens) == answers[-1][:40]
+            assert stepper.hit("again") == 320 - 16 * (drafter != "itself")
+    assert wrong(known, served) == [[]] * len(asked)
     assert stepper.preempted
     assert sum(outcomes.rejected.values()) > 50
-    assert (sum(outcomes.accepted[count] for count in (1, 2, 3)) > 50) == (drafter == "itself")
+    assert (sum(outcomes.accepted[count] for count in (1, 2, 3)) > 50) == (drafter != "another")
+
+
+@pytest.mark.parametrize("method", ["eagle", pytest.param("eagle3", marks=pytest.mark.slow)])
+@HEAD_DRAFTS
+def test_a_head_drafts_as_for_stock_vllm(method, known, drafting, tmp_path, monkeypatch):
+    """With every head a retrieval head: the same drafts after the same hits."""
+    model, _, asked, _ = known
+    every = write_pattern(tmp_path / "every", mask_of("retrieval", SHAPE.kv_heads))
+    found = []
+    for pattern in (None, every):
+        with (
+            # Of stock's attention on CPUs blocks are multiples of 32.
+            engine(model, pattern, block_size=32, speculative_config=drafting(method)) as running,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            stepper = Stepper(running, patch)
+            outcomes = Outcomes(stepper.scheduler, patch)
+            served = [ask(stepper, asked, turn, max_tokens=60) for turn in range(2)]
+            hits = [stepper.hit(f"1-{index}") for index in range(len(asked))]
+            found.append(
+                ([tokens_of(s) for s in served], outcomes.accepted, outcomes.rejected, hits)
+            )
+    stock, duo = found
+    assert duo == stock
+    tokens, accepted, _, hits = duo
+    assert tokens[0] == tokens[1]
+    assert len(accepted) == 4
+    assert hits == [0, 0, 0, 32, 96, 288]

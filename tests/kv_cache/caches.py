@@ -107,7 +107,13 @@ def config_of(layout: Layout, num_blocks: int) -> KVCacheConfig:
 class Engine:
     """vLLM's manager with a request's way through it, as the scheduler goes it."""
 
-    def __init__(self, layout: Layout, num_blocks: int = 200, enable_caching: bool = False) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        num_blocks: int = 200,
+        enable_caching: bool = False,
+        use_eagle: bool = False,
+    ) -> None:
         config = config_of(layout, num_blocks)
         sizes = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
         self.hash_size = math.gcd(*sizes)
@@ -117,6 +123,7 @@ class Engine:
             scheduler_block_size=math.lcm(*sizes),
             hash_block_size=self.hash_size,
             enable_caching=enable_caching,
+            use_eagle=use_eagle,
         )
         self.pool = self.manager.block_pool
         kv_cache_utils.init_none_hash(sha256)

@@ -142,10 +142,12 @@ class History:
     def check(self) -> None:
         """The pool's accounts, and what each request holds against the layout's formulas."""
         check_integrity(self.engine.manager)
-        for request in self.engine.scheduler.running:
+        scheduler = self.engine.scheduler
+        for request in scheduler.running:
             tables = self.engine.manager.get_block_ids(request.request_id)
             tokens = request.num_computed_tokens
-            least, most = self._blocks(tokens), self._blocks(tokens + self.layout.span.draft_size)
+            drafts = scheduler.num_spec_tokens + scheduler.num_lookahead_tokens
+            least, most = self._blocks(tokens), self._blocks(tokens + drafts)
             assert len(tables) == len(least)
             for table, low, high in zip(tables, least, most, strict=True):
                 # Blocks that were claimed for drafts stay when these are rejected.

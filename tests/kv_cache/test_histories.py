@@ -40,6 +40,7 @@ SIZES = {
     "windows": (3, 6),
     "only windows": (None, None),
 }
+EAGLE_HEAD = ModelShape(num_layers=1, num_heads=4, num_kv_heads=2, head_size=32, pattern="")
 WINDOWS = {"windows": (21, (False, True, False, True)), "only windows": (13, (True, True))}
 """The model's own: tokens, and which layers slide."""
 
@@ -65,8 +66,12 @@ def history_of(
     interval: int,
     drafts: int = 0,
     events: bool = False,
+    eagle: bool = False,
 ) -> History:
-    """A new engine whose pool holds one and a half of its longest requests (of rings alone: all)."""
+    """A new engine whose pool holds one and a half of its longest requests (of rings alone: all).
+
+    With ``eagle`` an EAGLE head of one layer drafts, whose pages lie beside the retrieval heads'.
+    """
     sink, recent = SIZES[name]
     window, slides = WINDOWS.get(name, (None, ()))
     shape = ModelShape(
@@ -95,6 +100,7 @@ def history_of(
             prefix_caching=caching,
             scheduling_policy=policy,
             num_speculative_tokens=drafts,
+            eagle_head=EAGLE_HEAD if eagle else None,
             cache_events=events,
             duo=duo,
         )

@@ -191,6 +191,7 @@ def server(max_model_len: int) -> SimpleNamespace:
             max_model_len=max_model_len, original_max_model_len=max_model_len
         ),
         attention_config=SimpleNamespace(hisparse_config=None),
+        speculative_config=None,
         num_prefill_lookahead_tokens=0,
     )
 

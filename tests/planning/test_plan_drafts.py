@@ -42,6 +42,16 @@ class TestDrafts:
         assert plan.full.concurrent_requests == 2047 / 256
         assert plan.settings.draft_model == draft
 
+    def test_an_eagle_head_is_a_draft_model(self, tmp_path):
+        """One layer of 8 heads of 128: a block is half a MiB more, and 4,818 of them are 40 GiB."""
+        head = write_model(
+            tmp_path / "head", 1, 32, 8, 4096, architectures=["LlamaForCausalLMEagle3"]
+        )
+        plan = self.plan(tmp_path, num_speculative_tokens=4, draft_model=head)
+        assert plan.bytes_per_token == 128 * 512 + 8 * 512
+        assert (plan.block_bytes, plan.num_blocks) == (17 * 2**19, 4818)
+        assert plan.concurrent_requests == 4817 / 259
+
     def test_a_draft_model_that_the_server_refuses(self, tmp_path):
         draft = write_model(
             tmp_path / "draft", 16, 32, 8, 2048, model_type="mistral", sliding_window=64

@@ -47,8 +47,9 @@ def test_prefix_caching_stays_vllms_own_flag(serve, messages, enabled):
     assert [text for level, text in messages if level == "WARNING"] == []
 
 
-def test_draft_models_layers_run_duo_too(serve, tmp_path):
-    drafts = draft_model(tmp_path / "draft", size=3)
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+def test_layers_that_draft_run_duo_too(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", size=3, method=method)
     config = serve(speculative_config=drafts)
     assert config.speculative_config.attention_backend is AttentionBackendEnum.CUSTOM
     # 2 layers of 2 KV heads of 16 elements.

@@ -8,10 +8,15 @@ from typing import get_args
 import pytest
 from vllm.config.speculative import SpeculativeMethod
 
-from tests.server.configs import LLAMA, MISTRAL, draft_model, reasons_of
+from tests.server.configs import LLAMA, MISTRAL, config_json, draft_model, reasons_of
 from vllm_duo import support
 
 METHODS = set(get_args(SpeculativeMethod))
+TESTED = {"ngram", "custom_class", "draft_model", "eagle", "eagle3"}
+
+
+# An EAGLE head is a draft model in vLLM's own words.
+LAYERS = pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
 
 
 def drafting(method, async_scheduling=False):
@@ -22,25 +27,39 @@ def drafting(method, async_scheduling=False):
     )
 
 
-@pytest.mark.refused("speculative decoding, EAGLE, MTP, Medusa and the like")
-def test_drafts_of_an_eagle_head(serve, tmp_path):
-    drafts = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": 2}
-    (reason,) = reasons_of(serve, speculative_config=drafts)
-    assert reason.startswith("speculative decoding by 'eagle': ")
-    assert reason.endswith(
-        "use one of ngram, custom_class, draft_model or remove --speculative-config"
+def why(method):
+    return (
+        f"speculative decoding by {method!r}: not tested yet; use one of ngram, custom_class, "
+        "draft_model, eagle, eagle3 or remove --speculative-config"
     )
 
 
-@pytest.mark.parametrize("method", sorted(METHODS - {"ngram", "custom_class", "draft_model"}))
+@pytest.mark.refused("speculative decoding, MTP, Medusa and the like")
+def test_drafts_of_medusa_heads(serve, tmp_path):
+    heads = config_json("MedusaModel", "medusa", num_heads=2, num_hidden_layers=1)
+    drafts = draft_model(tmp_path / "draft", heads, method="medusa")
+    assert reasons_of(serve, speculative_config=drafts) == [why("medusa")]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS - TESTED))
 def test_every_other_way_to_draft(method):
-    (reason,) = support._speculation(drafting(method))
-    assert reason.startswith(f"speculative decoding by {method!r}: ")
+    assert list(support._speculation(drafting(method))) == [why(method)]
 
 
 @pytest.mark.parametrize(
     ("config", "drafts", "reason"),
     [
+        (
+            LLAMA,
+            {"method": "eagle", "kv_cache_dtype": "fp8"},
+            "the KV cache fp8: it has the model's",
+        ),
+        (LLAMA | {"head_dim": 24}, {"method": "eagle3"}, "the head size 24: supported are"),
+        (
+            LLAMA | {"sliding_window": 32},
+            {"method": "eagle3"},
+            "the model's own sliding window (2 of 2 layers slide over",
+        ),
         (LLAMA, {"parallel_drafting": True}, "drafting in parallel is not tested"),
         (LLAMA, {"attention_backend": "CPU_ATTN"}, "the attention backend CPU_ATTN: all"),
         (LLAMA, {"kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's own"),
@@ -54,17 +73,19 @@ def test_draft_model(serve, tmp_path, config, drafts, reason):
     assert found.startswith(f"the draft model: {reason}")
 
 
-@pytest.mark.refused("draft model with tensor parallelism")
-def test_draft_model_over_several_ranks(serve, tmp_path):
-    drafts = draft_model(tmp_path / "draft")
+@pytest.mark.refused("draft model or EAGLE head with tensor parallelism")
+@LAYERS
+def test_draft_model_over_several_ranks(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", method=method)
     (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
     assert reason == (
         "the draft model: --tensor-parallel-size 2 is not tested with one; use ngram or set it to 1"
     )
 
 
-def test_draft_model_with_a_quantised_cache(serve, tmp_path):
-    drafts = draft_model(tmp_path / "draft")
+@LAYERS
+def test_draft_model_with_a_quantised_cache(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", method=method)
     (reason,) = reasons_of(serve, speculative_config=drafts, kv_cache_dtype="fp8")
     assert reason == (
         "the draft model: --kv-cache-dtype fp8 is not tested with one; use ngram or auto"

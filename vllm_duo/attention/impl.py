@@ -24,7 +24,7 @@ from vllm_duo.attention.specs import (
     streaming_spec,
     unused_spec,
 )
-from vllm_duo.drafts import is_draft_model
+from vllm_duo.drafts import builds_drafter
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.packing import MAX_GROUPS
 from vllm_duo.logging import get_logger
@@ -85,14 +85,14 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.form = FORMATS.get(kv_cache_dtype)
         self.vllm_config = get_current_vllm_config()
-        # A draft model has heads of its own, all of which keep every token.
-        self.drafts = is_draft_model(self.vllm_config)
+        # What drafts has heads of its own, all of which keep every token.
+        self.drafts = builds_drafter()
         # vLLM's name; 0 where the model has switched it off.
         self.sliding_window = sliding_window or None
         if self.drafts and sliding_window:
             raise NotImplementedError(
-                "--attention-backend duo does not support a draft model with a sliding window, got "
-                f"one of {sliding_window} tokens: use another draft model"
+                "--attention-backend duo does not support a draft model or EAGLE head with a sliding "
+                f"window, got one of {sliding_window} tokens: use another one"
             )
         if not self.drafts:
             self._check_heads(plan_of(self.vllm_config))
@@ -202,7 +202,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         return output
 
     def _keep_all(self, name: str, layer: Attention, device: torch.device) -> None:
-        """Set up a draft model's layer: every head keeps every token."""
+        """Set up a layer that drafts: every head keeps every token."""
         self.heads = HeadMap.from_mask(np.ones(self.num_kv_heads, dtype=np.bool_), device)
         layer.get_kv_cache_spec = partial(retrieval_spec, layer, self.num_kv_heads)
         self.layer_name = name

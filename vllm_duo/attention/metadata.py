@@ -112,7 +112,7 @@ class DuoMetadataBuilder(AttentionMetadataBuilder[DuoMetadata]):
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> DuoMetadata:
-        """Build a draft model's metadata for one of its passes.
+        """Build the metadata of a draft model or an EAGLE head for one of its passes.
 
         From pass to pass vLLM changes the same object in place, so nothing is shared.
         """

@@ -50,7 +50,7 @@ def plan(
         int, typer.Option(help="Drafts of a step, as in vLLM's --speculative-config.")
     ] = 0,
     draft_model: Annotated[
-        str | None, typer.Option(help="The model that drafts, if one does: folder or id.")
+        str | None, typer.Option(help="The draft model or EAGLE head, if one drafts: folder or id.")
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Request lengths to list: 4096,32768; default: doubles.")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_duo.drafts import Drafts, draft_model_of, is_draft_model
+from vllm_duo.drafts import Drafts, draft_model_of, is_made_for_drafts
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
 from vllm_duo.support import check_supported, known_limits
@@ -64,7 +64,7 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         NotImplementedError: the server uses something that duo does not support.
         ValueError: bad settings, no pattern, or a pattern of another shape.
     """
-    if vllm_config.model_config is None or is_draft_model(vllm_config):
+    if vllm_config.model_config is None or is_made_for_drafts(vllm_config):
         return
     if not is_duo(vllm_config):
         if has_duo_section(vllm_config):
@@ -85,7 +85,7 @@ def prepare_server(vllm_config: VllmConfig) -> None:
     check_supported(vllm_config)
     plan = resolve_plan(vllm_config)
     if draft_model_of(vllm_config) is not None:
-        # One platform has one layout of caches, so the draft model's layers run duo too; vLLM would
+        # One platform has one layout of caches, so the layers that draft run duo too; vLLM would
         # choose a backend for them on their own.
         vllm_config.speculative_config.attention_backend = vllm_config.attention_config.backend
     _log_plan(plan, Drafts.of(vllm_config))

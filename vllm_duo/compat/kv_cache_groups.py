@@ -4,8 +4,8 @@ Symptom: vLLM splits or merges the layers of a pattern into other groups than pl
 equal pages become many groups, "balanced" mixes of widths are cut up), which multiplies the blocks
 that a request holds.
 Why: ``_get_packed_kv_cache_groups`` looks for the repeating layer patterns of hybrid models.
-Condition: at least one layer has a ``StreamingSpec``, or a draft model shares the pool with duo's
-layers, which vLLM expects in one group with them; every other model takes vLLM's way.
+Condition: at least one layer has a ``StreamingSpec``, or a draft model or an EAGLE head shares the pool
+with duo's layers, which vLLM expects in one group with them; every other model takes vLLM's way.
 May go: once a spec can name its group.
 """
 
@@ -41,27 +41,25 @@ def patch(module: ModuleType) -> None:
     def get_kv_cache_groups(
         vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]
     ) -> list[KVCacheGroupSpec]:
-        if is_planned(kv_cache_spec):
+        if is_planned(vllm_config, kv_cache_spec):
             return planned_groups(kv_cache_spec)
         return original(vllm_config, kv_cache_spec)
 
     setattr(module, original.__name__, get_kv_cache_groups)
 
 
-def is_planned(kv_cache_spec: dict[str, KVCacheSpec]) -> bool:
+def is_planned(vllm_config: VllmConfig, kv_cache_spec: dict[str, KVCacheSpec]) -> bool:
     """Whether the layers' groups are ours to form."""
-    from vllm_duo.drafts import DRAFT_MODEL
+    from vllm_duo.drafts import draft_model_of
     from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
 
-    return any(
-        isinstance(spec, StreamingSpec)
-        or (isinstance(spec, RetrievalSpec) and name.startswith(f"{DRAFT_MODEL}."))
-        for name, spec in kv_cache_spec.items()
-    )
+    drafted = draft_model_of(vllm_config) is not None
+    ours = (StreamingSpec, RetrievalSpec) if drafted else StreamingSpec
+    return any(isinstance(spec, ours) for spec in kv_cache_spec.values())
 
 
 def planned_groups(kv_cache_spec: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
-    """One group of all retrieval caches and a draft model's, then one per bin of streaming caches.
+    """One group of all retrieval caches and of what drafts, then one per bin of streaming caches.
 
     Args:
         kv_cache_spec: spec of each cache, by layer name.

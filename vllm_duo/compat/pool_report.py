@@ -13,7 +13,7 @@ from functools import wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from vllm_duo.drafts import DRAFT_MODEL, Drafts
+from vllm_duo.drafts import Drafts, is_drafting_layer
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.rank_caches import rank_block_bytes, rank_caches
 from vllm_duo.logging import get_logger
@@ -108,16 +108,17 @@ def check_groups(layout: Layout, kv_cache_config: KVCacheConfig, rank: int = 0) 
 
     block_bytes = rank_block_bytes(layout, rank)
     names = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
-    drafting = [{name for name in group if name.startswith(f"{DRAFT_MODEL}.")} for group in names]
+    num_layers = len(layout.ranks[rank].retrieval_heads)
+    drafting = [{name for name in group if is_drafting_layer(name, num_layers)} for group in names]
     expected = [sorted(group) for group in rank_caches(layout, rank).groups]
     groups = [
-        sorted(map(extract_layer_index, group - drafts))
-        for group, drafts in zip(names, drafting, strict=True)
+        sorted(map(extract_layer_index, group - drafters))
+        for group, drafters in zip(names, drafting, strict=True)
     ]
     sizes = {
         tensor.size // kv_cache_config.num_blocks for tensor in kv_cache_config.kv_cache_tensors
     }
-    # A draft model's layers are paged like the retrieval heads, and vLLM looks for them in one group.
+    # Layers that draft are paged like the retrieval heads, and vLLM looks for them in one group.
     if groups != expected or sizes != {block_bytes} or any(drafting[1:]):
         raise RuntimeError(
             f"vLLM's KV cache groups are not the planned ones: expected layers {expected} in blocks of "

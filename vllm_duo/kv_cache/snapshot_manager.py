@@ -80,6 +80,15 @@ class SnapshotManager(RingManager):
         """Requests that resumed at a snapshot, their tokens, and snapshots stored, all so far."""
         return self._num_hits, self._num_hit_tokens, self._num_stored
 
+    @property
+    def _kept_of_answer(self) -> int:
+        """Snapshots of an answer that are kept, its last ones.
+
+        The next turn resumes at the last block boundary of the answer, for an EAGLE head one block
+        earlier (vLLM's ``use_eagle``): then the last snapshot may lie too far on, the one before not.
+        """
+        return 2 if self.use_eagle else 1
+
     @classmethod
     def find_longest_cache_hit(
         cls,
@@ -102,6 +111,11 @@ class SnapshotManager(RingManager):
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, spec.block_size)
         span = spec.span
         step = max(alignment_tokens // spec.block_size, 1)
+        if drop_eagle_block:
+            # An EAGLE head's key depends on the token after it, so of a hit's pages the last one, which
+            # may be followed by another token, is dropped; vLLM asks for a block more than it wants.
+            # Streaming heads have no such keys: their state at the end of what remains is whole.
+            max_length -= spec.block_size
         longest = min(max_length // spec.block_size, len(hashes)) // step * step
         for num_blocks in range(longest, 0, -step):
             size = span.blocks(num_blocks * spec.block_size)
@@ -248,14 +262,14 @@ class SnapshotManager(RingManager):
         tell_stored(self.block_pool, request, boundary, self.block_size, self.kv_cache_group_id)
 
     def _replaced_blocks(self, request_id: str, size: int) -> Sequence[KVCacheBlock] | None:
-        """The blocks of the answer's snapshot before, if they are still there and nobody uses them."""
-        trail = self._trail(request_id)
-        before = trail[-1] if trail else None
+        """The blocks of an answer's snapshot that is no longer needed, if still there and unused."""
+        trail, kept = self._trail(request_id), self._kept_of_answer
+        before = trail[-kept] if len(trail) >= kept else None
         if before is None or before.reason is not Reason.ANSWER or before.hits:
             return None
         if len(before.blocks) != size or not before.is_whole() or not before.is_idle():
             return None
-        trail.pop()
+        trail.pop(-kept)
         self.snapshots.hold(before.blocks)
         self.snapshots.forget(before.blocks)
         return before.blocks
@@ -295,8 +309,9 @@ class SnapshotManager(RingManager):
         if self._orders:
             self._withdraw(request_id)
         whole = [snapshot for snapshot in trail if snapshot.is_whole()]
+        last = whole[-self._kept_of_answer :]
         for snapshot in whole:
-            if snapshot.reason.one_chat and snapshot.hits <= 1 and snapshot is not whole[-1]:
+            if snapshot.reason.one_chat and snapshot.hits <= 1 and snapshot not in last:
                 # The chat's next turn resumes further on.
                 self.snapshots.retire(snapshot)
             else:
