@@ -149,7 +149,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "speculative decoding, draft model": "",
         "speculative decoding, EAGLE head": "`eagle`, `eagle3`",
         "speculative decoding, MTP, Medusa and the like": "",
-        "draft model or EAGLE head with tensor parallelism": "",
+        "draft model or EAGLE head on several ranks": "",
         "KV connectors": "offloading, disaggregated prefill (NIXL, LMCache)",
         "KV offloading": "`--kv-offloading-size`",
         "KV cache events": "`--kv-events-config` ([what they say](prefix-caching.md#kv-cache-events))",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from vllm_duo.kv_cache.ranks import heads_per_rank
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
@@ -30,11 +32,15 @@ class Drafts:
 
     Attributes:
         size: speculative tokens of a step at most: so many positions may be written and rolled back.
-        token_bytes: bytes of one token in all layers of a draft model or an EAGLE head; 0 without one.
+        num_layers: of a draft model or an EAGLE head; 0 without one.
+        num_kv_heads: of each of its layers.
+        head_bytes: bytes of one token's keys and values in one of these heads.
     """
 
     size: int = 0
-    token_bytes: int = 0
+    num_layers: int = 0
+    num_kv_heads: int = 0
+    head_bytes: int = 0
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Self:
@@ -43,10 +49,29 @@ class Drafts:
         if speculation is None:
             return cls()
         model = draft_model_of(vllm_config)
+        if model is None:
+            return cls(size=speculation.num_speculative_tokens)
         return cls(
             size=speculation.num_speculative_tokens,
-            token_bytes=0 if model is None else _token_bytes(model),
+            num_layers=model.get_total_num_hidden_layers(),
+            num_kv_heads=model.get_total_num_kv_heads(),
+            head_bytes=2 * model.get_head_size() * model.dtype.itemsize,
         )
+
+    def token_bytes(self, ranks: int) -> int:
+        """Bytes of one token in all layers of what drafts, on each of so many tensor-parallel ranks.
+
+        Every head keeps every token; with more ranks than heads each rank has a copy of one.
+
+        Worked example: 16 layers of 8 KV heads of 64 in bf16, 256 bytes a head: 32 KiB on one rank, 16
+        KiB on two, 4 KiB on eight and on sixteen.
+        """
+        if not self.num_layers:
+            return 0
+        return self.num_layers * heads_per_rank(self.num_kv_heads, ranks) * self.head_bytes
+
+
+NO_DRAFTS = Drafts()
 
 
 def draft_model_of(vllm_config: VllmConfig) -> ModelConfig | None:
@@ -85,9 +110,3 @@ def is_drafting_layer(layer_name: str, num_layers: int) -> bool:
     from vllm.model_executor.models.utils import extract_layer_index
 
     return layer_name.startswith(f"{DRAFT_MODEL}.") or extract_layer_index(layer_name) >= num_layers
-
-
-def _token_bytes(model: ModelConfig) -> int:
-    """Bytes of one token's keys and values in all layers: every head keeps every token."""
-    layers, heads = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
-    return int(layers * heads * 2 * model.get_head_size() * model.dtype.itemsize)

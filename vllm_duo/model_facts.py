@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.windows import UNKNOWN, Windows, describe
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
@@ -95,12 +96,15 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield "layers that share another layer's KV cache"
 
 
-def draft_refusals(model: ModelFacts) -> Iterator[str]:
+def draft_refusals(model: ModelFacts, ranks: int) -> Iterator[str]:
     """Every reason why this model cannot draft for one that duo serves; none where it can.
 
     Args:
         model: its ``runner_type`` is not read: vLLM calls a drafting model's task "draft".
+        ranks: tensor-parallel size.
     """
+    if problem := split_problem(model.num_kv_heads, ranks):
+        yield f"the draft model: {problem}"
     for reason in model_refusals(replace(model, runner_type="generate")):
         yield f"the draft model: {reason}"
     if model.windows:

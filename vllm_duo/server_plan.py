@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllm_duo.config import SECTION, DuoConfig, ResolvedDuo, resolve, resolve_without_pattern
-from vllm_duo.drafts import Drafts
+from vllm_duo.drafts import NO_DRAFTS, Drafts
 from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, stage_sizes
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 BACKEND_PATH = "vllm_duo.attention.backend.DuoAttentionBackend"
-NO_DRAFTS = Drafts()
 
 # Every layer of a model asks for the same one.
 _plan_layout = lru_cache(maxsize=8)(plan_layout)
@@ -131,7 +130,7 @@ class ServerPlan:
                 dtype_bytes=dtype_bytes,
                 row_bytes=row_bytes,
                 tensor_parallel_size=self.tensor_parallel_size,
-                draft_token_bytes=drafts.token_bytes,
+                draft_token_bytes=drafts.token_bytes(self.tensor_parallel_size),
                 stage_sizes=self.stage_sizes or None,
             ),
             block_size=block_size,
@@ -143,12 +142,15 @@ class ServerPlan:
             ),
         )
 
-    def split_costs(self, layout: Layout, num_tokens: int) -> tuple[SplitCost, SplitCost | None]:
+    def split_costs(
+        self, layout: Layout, num_tokens: int, drafts: Drafts = NO_DRAFTS
+    ) -> tuple[SplitCost, SplitCost | None]:
         """What splitting over ranks and stages costs, and what it would with ``balance``.
 
         Args:
             layout: this plan's.
             num_tokens: length of the request to compare at.
+            drafts: that the layout was planned for.
 
         Returns:
             The cost, and that of a balanced selection: None where the heads are balanced already or a
@@ -156,7 +158,7 @@ class ServerPlan:
         """
         resolved, ranks = self.resolved, self.tensor_parallel_size
         stages = self.pipeline_parallel_size
-        cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens, stages)
+        cost = split_cost(layout, resolved.selection.retrieval.tolist(), num_tokens, stages, drafts)
         if ranks == 1 or resolved.balance or resolved.cut != "sparsity":
             return cost, None
         layers = chosen_layers(self.windows)
@@ -168,8 +170,8 @@ class ServerPlan:
             layers=layers,
         )
         mask = selection.retrieval.tolist()
-        balanced = replan(layout, mask, ranks, self.stage_sizes or None)
-        return cost, split_cost(balanced, mask, num_tokens, stages)
+        balanced = replan(layout, mask, ranks, self.stage_sizes or None, drafts)
+        return cost, split_cost(balanced, mask, num_tokens, stages, drafts)
 
 
 def is_duo(vllm_config: VllmConfig) -> bool:

@@ -237,14 +237,13 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     )
 
 
-def draft_model_refusals(ranks: int, stages: int, cache_dtype: str) -> Iterator[str]:
-    """Why no draft model runs on so many ranks and pipeline stages or with such a cache, if so."""
-    for kind, size in (("tensor", ranks), ("pipeline", stages)):
-        if size > 1:
-            yield (
-                f"the draft model: --{kind}-parallel-size {size} is not tested with one; use "
-                f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
-            )
+def draft_model_refusals(stages: int, cache_dtype: str) -> Iterator[str]:
+    """Why no draft model runs in so many pipeline stages or with such a cache, if so."""
+    if stages > 1:
+        yield (
+            f"the draft model: --pipeline-parallel-size {stages} is not tested with one; use "
+            f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
+        )
     if cache_dtype in FORMATS:
         yield (
             f"the draft model: --kv-cache-dtype {cache_dtype} is not tested with one; use "
@@ -256,12 +255,16 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     """Why this model cannot draft, if so."""
     speculation = vllm_config.speculative_config
     parallel = vllm_config.parallel_config
+    ranks, own = parallel.tensor_parallel_size, speculation.draft_tensor_parallel_size
     yield from draft_model_refusals(
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        vllm_config.cache_config.cache_dtype,
+        parallel.pipeline_parallel_size, vllm_config.cache_config.cache_dtype
     )
-    yield from draft_refusals(facts_of(speculation.draft_model_config))
+    yield from draft_refusals(facts_of(speculation.draft_model_config), ranks)
+    if own not in (None, ranks):
+        yield (
+            f"the draft model: draft_tensor_parallel_size {own}: it runs on the model's {ranks} ranks, "
+            "leave it out"
+        )
     if speculation.parallel_drafting:
         yield "the draft model: drafting in parallel is not tested"
     backend = vllm_config.attention_config.backend

@@ -12,6 +12,7 @@ from tests.e2e.drafts import TEXTS, Outcomes
 from tests.e2e.engine import MAX_NEW_TOKENS, engine, write_pattern
 from tests.e2e.needle import FLAGS, MODEL, SERVER_ENV, greedy_ids, prompts
 from tests.e2e.test_exactness import mask_of, prompts_of
+from tests.models.eagle_heads import make_head
 from tests.models.random_models import Shape
 from tests.oracle import Oracle, assert_right
 from vllm_duo import HeadPattern
@@ -151,6 +152,33 @@ def test_drafts_change_no_token(caching, checkpoint, tmp_path, monkeypatch):
     )
     (outcomes,) = seen
     assert sum(outcomes.accepted[count] for count in range(1, 5)) > 20
+    assert sum(outcomes.rejected.values()) > 20
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            "eagle", marks=pytest.mark.feature("draft model or EAGLE head on several ranks")
+        ),
+        pytest.param("eagle3", marks=pytest.mark.slow),
+        pytest.param("draft_model", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_that_draft_change_no_token(method, checkpoint, tmp_path, monkeypatch):
+    """Each rank has its share of their heads. The model itself, all of whose heads see everything, and
+    heads of copies of its layers are often right."""
+    model, seen = checkpoint(SHAPE), []
+    drafter = model if method == "draft_model" else make_head(model, method, tmp_path)
+    run(
+        checkpoint,
+        tmp_path,
+        MASKS["crossed"],
+        watch=lambda scheduler: seen.append(Outcomes(scheduler, monkeypatch)),
+        speculative_config={"method": method, "model": str(drafter), "num_speculative_tokens": 3},
+    )
+    (outcomes,) = seen
+    assert sum(outcomes.accepted[count] for count in (1, 2, 3)) > 20
     assert sum(outcomes.rejected.values()) > 20
 
 

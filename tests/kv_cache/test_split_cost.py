@@ -9,6 +9,7 @@ import pytest
 from tests.kv_cache.splits import APART, BY_STAGE, EXCHANGED, MIXED, TOKENS, published, split
 from vllm_duo import HeadPattern
 from vllm_duo.config import DuoConfig, resolve
+from vllm_duo.drafts import Drafts
 from vllm_duo.heads.discovery import PUBLISHED, list_shipped
 from vllm_duo.kv_cache.rank_caches import rank_caches
 from vllm_duo.kv_cache.split_cost import WORTH_A_HINT, SplitCost, replan, split_cost
@@ -18,6 +19,15 @@ from vllm_duo.server_plan import ServerPlan
 class TestCost:
     def test_slots_for_drafts_are_compared_with_as_many_on_one_rank(self):
         assert replan(split(MIXED, drafts=7), MIXED, 1) == split(MIXED, 1, drafts=7)
+
+    def test_a_draft_models_heads_are_split_as_well(self):
+        """Two layers of two heads that draft: two heads a rank, and all four on a single one."""
+        drafts = Drafts(size=7, num_layers=2, num_kv_heads=2, head_bytes=128)
+        layout = split(EXCHANGED, drafts=7, draft_bytes=2 * 128)
+        assert replan(layout, EXCHANGED, 2, drafts=drafts) == layout
+        whole = split(EXCHANGED, 1, drafts=7, draft_bytes=4 * 128)
+        assert replan(layout, EXCHANGED, 1, drafts=drafts) == whole
+        assert split_cost(layout, EXCHANGED, TOKENS, drafts=drafts).loss == 0
 
     def test_uneven_ranks_lose(self):
         """6 of 12 heads retrieve, all on one rank: that rank holds as much as stock does."""

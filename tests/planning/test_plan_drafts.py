@@ -14,10 +14,9 @@ class TestDrafts:
         return plan_memory(
             PlanRequest(
                 model=write_model(tmp_path / "model", 32, 32, 8, 4096),
-                duo={"pattern": "Meta-Llama-3.1-8B-Instruct"},
                 kv_cache_bytes=40 * GIB,
                 max_model_len=TOKENS,
-                **settings,
+                **{"duo": {"pattern": "Meta-Llama-3.1-8B-Instruct"}, **settings},
             )
         )
 
@@ -59,9 +58,29 @@ class TestDrafts:
         with pytest.raises(NotImplementedError, match="the draft model: the model's own sliding"):
             self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft)
 
-    def test_a_draft_model_over_several_ranks_is_what_the_server_refuses(self, tmp_path):
+    def test_ranks_share_a_draft_models_heads(self, tmp_path):
+        """64 retrieval heads of 512 bytes and 16 x 4 drafting ones of 256 a rank: 6 MiB a block."""
+        plan = self.plan(
+            tmp_path,
+            duo={"pattern": "Meta-Llama-3.1-8B-Instruct", "balance": True},
+            num_speculative_tokens=4,
+            draft_model=write_model(tmp_path / "draft", 16, 32, 8, 2048),
+            tensor_parallel_size=2,
+        )
+        assert plan.block_bytes == 128 * (64 * 512 + 16 * 4 * 256) == 6 * 2**20
+        assert plan.tensor_parallel_loss == 0
+
+    def test_a_draft_models_heads_that_cannot_be_split(self, tmp_path):
+        draft = write_model(tmp_path / "draft", 16, 30, 3, 1920)
+        with pytest.raises(
+            NotImplementedError, match="the draft model: 3 KV heads cannot be split"
+        ):
+            self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft, tensor_parallel_size=2)
+
+    def test_a_draft_model_in_several_stages_is_what_the_server_refuses(self, tmp_path):
         draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
-        settings = {"num_speculative_tokens": 4, "tensor_parallel_size": 2}
-        with pytest.raises(NotImplementedError, match="the draft model: --tensor-parallel-size 2"):
+        settings = {"num_speculative_tokens": 4, "pipeline_parallel_size": 2}
+        with pytest.raises(
+            NotImplementedError, match="the draft model: --pipeline-parallel-size 2"
+        ):
             self.plan(tmp_path, draft_model=draft, **settings)
-        assert self.plan(tmp_path, **settings).settings.num_speculative_tokens == 4

@@ -52,8 +52,9 @@ def test_layers_that_draft_run_duo_too(serve, tmp_path, method):
     drafts = draft_model(tmp_path / "draft", size=3, method=method)
     config = serve(speculative_config=drafts)
     assert config.speculative_config.attention_backend is AttentionBackendEnum.CUSTOM
-    # 2 layers of 2 KV heads of 16 elements.
-    assert Drafts.of(config) == Drafts(size=3, token_bytes=2 * 2 * 2 * 16 * 4)
+    drafts = Drafts.of(config)
+    assert drafts == Drafts(size=3, num_layers=2, num_kv_heads=2, head_bytes=2 * 16 * 4)
+    assert [drafts.token_bytes(ranks) for ranks in (1, 2, 4)] == [2 * 2 * 128, 2 * 128, 2 * 128]
 
 
 def test_drafts_lengthen_the_ring(serve, messages):

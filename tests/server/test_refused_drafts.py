@@ -73,13 +73,30 @@ def test_draft_model(serve, tmp_path, config, drafts, reason):
     assert found.startswith(f"the draft model: {reason}")
 
 
-@pytest.mark.refused("draft model or EAGLE head with tensor parallelism")
 @LAYERS
-def test_draft_model_over_several_ranks(serve, tmp_path, method):
-    drafts = draft_model(tmp_path / "draft", method=method)
+def test_draft_model_with_heads_that_cannot_be_split(serve, tmp_path, method):
+    config = LLAMA | {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
+    drafts = draft_model(tmp_path / "draft", config, method=method)
+    (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
+    assert reason.startswith("the draft model: 3 KV heads cannot be split over 2 ranks")
+
+
+@LAYERS
+def test_draft_model_on_fewer_ranks(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", method=method, draft_tensor_parallel_size=1)
     (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
     assert reason == (
-        "the draft model: --tensor-parallel-size 2 is not tested with one; use ngram or set it to 1"
+        "the draft model: draft_tensor_parallel_size 1: it runs on the model's 2 ranks, leave it out"
+    )
+
+
+@LAYERS
+def test_draft_model_in_several_stages(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", method=method)
+    reasons = reasons_of(serve, speculative_config=drafts, pipeline_parallel_size=2)
+    assert (
+        "the draft model: --pipeline-parallel-size 2 is not tested with one; use ngram or set it to 1"
+        in reasons
     )
 
 

@@ -81,19 +81,20 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     # --max-model-len auto shortens it after the specs were made, which may have been cut to it.
     sizes = [size for each in specs for size in (each.sink_size, each.recent_size)]
     longest = max(vllm_config.model_config.max_model_len, *sizes)
+    drafts = Drafts.of(vllm_config)
     layout = plan.layout(
         head_size=spec.head_size,
         dtype_bytes=spec.dtype.itemsize,
         row_bytes=spec.state_content_bytes,
         block_size=spec.block_size,
         max_model_len=longest,
-        drafts=Drafts.of(vllm_config),
+        drafts=drafts,
     )
     check_groups(layout, kv_cache_config)
     max_model_len = vllm_config.model_config.max_model_len
     _report(plan, layout, kv_cache_config.num_blocks, max_model_len)
     if plan.num_ranks > 1:
-        cost, balanced = plan.split_costs(layout, max_model_len)
+        cost, balanced = plan.split_costs(layout, max_model_len, drafts)
         logger.info("duo: %s", cost.describe(balanced))
     return layout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vllm_duo.drafts import NO_DRAFTS, Drafts
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 
 WORTH_A_HINT = 0.01
@@ -61,7 +62,11 @@ class SplitCost:
 
 
 def split_cost(
-    layout: Layout, retrieval: Iterable[Iterable[bool]], num_tokens: int, stages: int = 1
+    layout: Layout,
+    retrieval: Iterable[Iterable[bool]],
+    num_tokens: int,
+    stages: int = 1,
+    drafts: Drafts = NO_DRAFTS,
 ) -> SplitCost:
     """What splitting the heads costs, at one request length.
 
@@ -70,8 +75,9 @@ def split_cost(
         retrieval: [L, Hkv], the mask that was split.
         num_tokens: length of the request.
         stages: pipeline-parallel size.
+        drafts: that the layout was planned for.
     """
-    unsplit = replan(layout, retrieval, 1) if len(layout.ranks) > 1 else layout
+    unsplit = replan(layout, retrieval, 1, drafts=drafts) if len(layout.ranks) > 1 else layout
     heads = [rank.num_retrieval for rank in layout.ranks]
     return SplitCost(
         ranks=len(layout.ranks) // stages,
@@ -88,6 +94,7 @@ def replan(
     retrieval: Iterable[Iterable[bool]],
     ranks: int,
     stage_sizes: Sequence[int] | None = None,
+    drafts: Drafts = NO_DRAFTS,
 ) -> Layout:
     """The layout of a mask over so many ranks, all else as in ``layout``.
 
@@ -96,15 +103,16 @@ def replan(
         retrieval: [L, Hkv] bool.
         ranks: tensor-parallel size.
         stage_sizes: layers of each pipeline stage; None: one stage.
+        drafts: that ``layout`` was planned for.
     """
     own, span = layout.ranks[0], layout.span
-    assert not own.draft_token_bytes, "a draft model is not split over ranks"
     shapes = KVShape.split(
         retrieval,
         head_size=own.head_size,
         dtype_bytes=own.dtype_bytes,
         row_bytes=own.row_bytes,
         tensor_parallel_size=ranks,
+        draft_token_bytes=drafts.token_bytes(ranks),
         stage_sizes=stage_sizes,
     )
     return plan_layout(

@@ -107,7 +107,7 @@ def plan_memory(request: PlanRequest) -> Plan:
     full = _memory(layout.full_attention, request.kv_cache_bytes, longest, lengths)
     plain = _unquantised(layout).full_attention
     unquantised = Capacity.of_bytes(plain, request.kv_cache_bytes).concurrent_requests(longest)
-    cost, balanced = server.split_costs(layout, longest)
+    cost, balanced = server.split_costs(layout, longest, drafts)
     return Plan(
         **dict(duo),
         settings=_settings(request, checkpoint, server, dtype, longest),
@@ -176,13 +176,14 @@ def _drafts(request: PlanRequest, dtype: str) -> Drafts:
     if request.draft_model is None:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
-    reasons = draft_refusals(facts)
-    ranks, stages = request.tensor_parallel_size, request.pipeline_parallel_size
-    refuse([*reasons, *draft_model_refusals(ranks, stages, request.kv_cache_dtype)])
-    heads = facts.num_layers * facts.num_kv_heads
+    reasons = draft_refusals(facts, request.tensor_parallel_size)
+    stages, cache = request.pipeline_parallel_size, request.kv_cache_dtype
+    refuse([*reasons, *draft_model_refusals(stages, cache)])
     return Drafts(
         size=request.num_speculative_tokens,
-        token_bytes=heads * 2 * facts.head_size * DTYPE_BYTES[dtype],
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_bytes=2 * facts.head_size * DTYPE_BYTES[dtype],
     )
 
 
