@@ -87,3 +87,10 @@ def policy(name: str) -> Iterator[None]:
                 yield
         else:
             yield
+
+
+@contextmanager
+def kept_of_answer(count: int) -> Iterator[None]:
+    """Let managers keep so many snapshots of an answer, its last ones, while this context lasts."""
+    with mock.patch.object(snapshot_manager.SnapshotManager, "_kept_of_answer", count):
+        yield

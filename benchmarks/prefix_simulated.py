@@ -5,6 +5,7 @@ a server would report for the same requests.
 
     python -m benchmarks.prefix_simulated --out benchmarks/results/prefix_simulated.json
     python -m benchmarks.prefix_simulated --policies
+    python -m benchmarks.prefix_simulated --eagle-head --out benchmarks/results/prefix_eagle_head.json
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.prefix_policies import POLICIES, policy
+from benchmarks.prefix_policies import POLICIES, kept_of_answer, policy
 from benchmarks.prefix_scenarios import Scenario, at_once, chats, users
 from benchmarks.provenance import provenance
 from benchmarks.simulated_config import EAGLE_HEAD, SHAPES, Kind
@@ -209,17 +210,51 @@ def compare_policies(seeds: range, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
+def compare_kept_of_answer(seeds: range, console: Console) -> list[dict[str, Any]]:
+    """Chats with an EAGLE head: one and two snapshots of an answer, as shares of stock's hits."""
+    rows = []
+    table = Table("block", "pool", "one snapshot", "two", title="hits as a share of stock's")
+    for block_size in (16, 128):
+        for share in (1, THIRD):
+            ratios: dict[int, list[float]] = {1: [], 2: []}
+            for seed in seeds:
+                case = Case(
+                    scenarios=("chats",),
+                    block_size=block_size,
+                    seed=seed,
+                    share=share,
+                    eagle_head=True,
+                )
+                stock = hits_of(case, "stock")["hit_tokens"]
+                for kept, found in ratios.items():
+                    with kept_of_answer(kept):
+                        found.append(hits_of(case, "duo")["hit_tokens"] / max(stock, 1))
+                    row = {"case": asdict(case), "kept_of_answer": kept, "ratio": found[-1]}
+                    rows.append(row)
+            pool = "full" if share == 1 else "third"
+            cells = (f"{min(found):.3f}-{max(found):.3f}" for found in ratios.values())
+            table.add_row(str(block_size), pool, *cells)
+    console.print(table)
+    return rows
+
+
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...; default: 3")
-    parser.add_argument("--policies", action="store_true", help="compare policies instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--policies", action="store_true", help="compare policies instead")
+    instead.add_argument(
+        "--eagle-head", action="store_true", help="compare what is kept for one instead"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
     console = Console(width=130)
     run = compare_policies if given.policies else compare_kinds
+    if given.eagle_head:
+        run = compare_kept_of_answer
     rows = run(range(given.seeds), console)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,13 @@ def test_every_metric_has_its_row():
     assert told == gauges | {f"vllm_duo:{name}_total" for name in COUNTERS}
 
 
+def test_the_design_names_every_patch():
+    text = (DOCS / "design.md").read_text()
+    patches = [file.stem for file in (ROOT / "vllm_duo" / "compat").glob("[a-z]*.py")]
+    assert len(patches) > 10
+    assert [name for name in patches if f"`{name}`" not in text] == []
+
+
 def refusals() -> dict[str, str]:
     """Every reason that the tests of refusals know, without its figures and names."""
     reasons = [reason for _, *reasons in REFUSED_MODELS.values() for reason in reasons]

@@ -104,11 +104,11 @@ def draft_refusals(model: ModelFacts, ranks: int) -> Iterator[str]:
         ranks: tensor-parallel size.
     """
     if problem := split_problem(model.num_kv_heads, ranks):
-        yield f"the draft model: {problem}"
+        yield f"what drafts: {problem}"
     for reason in model_refusals(replace(model, runner_type="generate")):
-        yield f"the draft model: {reason}"
+        yield f"what drafts: {reason}"
     if model.windows:
         yield (
-            f"the draft model: the model's own sliding window ({describe(model.windows)}): a draft "
-            "model's heads keep every token"
+            f"what drafts: the model's own sliding window ({describe(model.windows)}): the heads "
+            "of a draft model or EAGLE head keep every token"
         )

@@ -241,12 +241,12 @@ def draft_model_refusals(stages: int, cache_dtype: str) -> Iterator[str]:
     """Why no draft model runs in so many pipeline stages or with such a cache, if so."""
     if stages > 1:
         yield (
-            f"the draft model: --pipeline-parallel-size {stages} is not tested with one; use "
+            f"what drafts: --pipeline-parallel-size {stages} is not tested with one; use "
             f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
         )
     if cache_dtype in FORMATS:
         yield (
-            f"the draft model: --kv-cache-dtype {cache_dtype} is not tested with one; use "
+            f"what drafts: --kv-cache-dtype {cache_dtype} is not tested with one; use "
             f"{DRAFTS_OF_TOKENS[0]} or auto"
         )
 
@@ -262,20 +262,20 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     yield from draft_refusals(facts_of(speculation.draft_model_config), ranks)
     if own not in (None, ranks):
         yield (
-            f"the draft model: draft_tensor_parallel_size {own}: it runs on the model's {ranks} ranks, "
+            f"what drafts: draft_tensor_parallel_size {own}: it runs on the model's {ranks} ranks, "
             "leave it out"
         )
     if speculation.parallel_drafting:
-        yield "the draft model: drafting in parallel is not tested"
+        yield "what drafts: drafting in parallel is not tested"
     backend = vllm_config.attention_config.backend
     if speculation.attention_backend not in (None, backend):
         yield (
-            f"the draft model: the attention backend {speculation.attention_backend.name}: all "
+            f"what drafts: the attention backend {speculation.attention_backend.name}: all "
             "attention layers must run duo, leave it out"
         )
     if speculation.kv_cache_dtype not in (None, "auto"):
         yield (
-            f"the draft model: the KV cache {speculation.kv_cache_dtype}: it has the model's own type, "
+            f"what drafts: the KV cache {speculation.kv_cache_dtype}: it has the model's own type, "
             "leave it out"
         )
 

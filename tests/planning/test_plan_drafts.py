@@ -55,7 +55,7 @@ class TestDrafts:
         draft = write_model(
             tmp_path / "draft", 16, 32, 8, 2048, model_type="mistral", sliding_window=64
         )
-        with pytest.raises(NotImplementedError, match="the draft model: the model's own sliding"):
+        with pytest.raises(NotImplementedError, match="what drafts: the model's own sliding"):
             self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft)
 
     def test_ranks_share_a_draft_models_heads(self, tmp_path):
@@ -72,15 +72,11 @@ class TestDrafts:
 
     def test_a_draft_models_heads_that_cannot_be_split(self, tmp_path):
         draft = write_model(tmp_path / "draft", 16, 30, 3, 1920)
-        with pytest.raises(
-            NotImplementedError, match="the draft model: 3 KV heads cannot be split"
-        ):
+        with pytest.raises(NotImplementedError, match="what drafts: 3 KV heads cannot be split"):
             self.plan(tmp_path, num_speculative_tokens=4, draft_model=draft, tensor_parallel_size=2)
 
     def test_a_draft_model_in_several_stages_is_what_the_server_refuses(self, tmp_path):
         draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
         settings = {"num_speculative_tokens": 4, "pipeline_parallel_size": 2}
-        with pytest.raises(
-            NotImplementedError, match="the draft model: --pipeline-parallel-size 2"
-        ):
+        with pytest.raises(NotImplementedError, match="what drafts: --pipeline-parallel-size 2"):
             self.plan(tmp_path, draft_model=draft, **settings)

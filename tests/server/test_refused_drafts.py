@@ -70,7 +70,7 @@ def test_every_other_way_to_draft(method):
 def test_draft_model(serve, tmp_path, config, drafts, reason):
     given = draft_model(tmp_path / "draft", config | {"pard_token": 1}, **drafts)
     (found,) = reasons_of(serve, speculative_config=given)
-    assert found.startswith(f"the draft model: {reason}")
+    assert found.startswith(f"what drafts: {reason}")
 
 
 @LAYERS
@@ -78,7 +78,7 @@ def test_draft_model_with_heads_that_cannot_be_split(serve, tmp_path, method):
     config = LLAMA | {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
     drafts = draft_model(tmp_path / "draft", config, method=method)
     (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
-    assert reason.startswith("the draft model: 3 KV heads cannot be split over 2 ranks")
+    assert reason.startswith("what drafts: 3 KV heads cannot be split over 2 ranks")
 
 
 @LAYERS
@@ -86,7 +86,7 @@ def test_draft_model_on_fewer_ranks(serve, tmp_path, method):
     drafts = draft_model(tmp_path / "draft", method=method, draft_tensor_parallel_size=1)
     (reason,) = reasons_of(serve, speculative_config=drafts, tensor_parallel_size=2)
     assert reason == (
-        "the draft model: draft_tensor_parallel_size 1: it runs on the model's 2 ranks, leave it out"
+        "what drafts: draft_tensor_parallel_size 1: it runs on the model's 2 ranks, leave it out"
     )
 
 
@@ -95,7 +95,7 @@ def test_draft_model_in_several_stages(serve, tmp_path, method):
     drafts = draft_model(tmp_path / "draft", method=method)
     reasons = reasons_of(serve, speculative_config=drafts, pipeline_parallel_size=2)
     assert (
-        "the draft model: --pipeline-parallel-size 2 is not tested with one; use ngram or set it to 1"
+        "what drafts: --pipeline-parallel-size 2 is not tested with one; use ngram or set it to 1"
         in reasons
     )
 
@@ -104,9 +104,7 @@ def test_draft_model_in_several_stages(serve, tmp_path, method):
 def test_draft_model_with_a_quantised_cache(serve, tmp_path, method):
     drafts = draft_model(tmp_path / "draft", method=method)
     (reason,) = reasons_of(serve, speculative_config=drafts, kv_cache_dtype="fp8")
-    assert reason == (
-        "the draft model: --kv-cache-dtype fp8 is not tested with one; use ngram or auto"
-    )
+    assert reason == ("what drafts: --kv-cache-dtype fp8 is not tested with one; use ngram or auto")
 
 
 def test_drafts_with_steps_planned_ahead():

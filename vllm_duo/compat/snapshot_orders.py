@@ -10,7 +10,7 @@ May go: once a KV cache manager can hand data of its own to the worker.
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +68,7 @@ def patch_runner(module: ModuleType) -> None:
     Args:
         module: ``vllm.v1.worker.gpu_model_runner``.
     """
-
-    def rows_of(runner: Any) -> Callable[[], dict[str, int]]:
-        return lambda: runner.input_batch.req_id_to_index
-
-    _show_orders(module.GPUModelRunner, rows_of)
+    _show_orders(module.GPUModelRunner, lambda runner: runner.input_batch.req_id_to_index)
 
 
 def patch_runner_v2(module: ModuleType) -> None:
@@ -91,20 +87,27 @@ def patch_runner_v2(module: ModuleType) -> None:
         setattr(self, BATCH, batch.req_ids)
         return batch
 
-    def rows_of(runner: Any) -> Callable[[], dict[str, int]]:
+    def rows_of(runner: Any) -> dict[str, int]:
+        return {request_id: row for row, request_id in enumerate(getattr(runner, BATCH))}
+
+    def forget_last_batch(runner: Any) -> None:
         setattr(runner, BATCH, ())
-        return lambda: {request_id: row for row, request_id in enumerate(getattr(runner, BATCH))}
 
     module.GPUModelRunner.prepare_inputs = prepare_inputs
-    _show_orders(module.GPUModelRunner, rows_of)
+    _show_orders(module.GPUModelRunner, rows_of, before=forget_last_batch)
 
 
-def _show_orders(runner_class: Any, rows_of: Callable[[Any], Callable[[], dict[str, int]]]) -> None:
+def _show_orders(
+    runner_class: Any,
+    rows_of: Callable[[Any], dict[str, int]],
+    before: Callable[[Any], None] = lambda runner: None,
+) -> None:
     """Let the metadata builders see a step's orders while ``execute_model`` runs.
 
     Args:
         runner_class: vLLM's.
-        rows_of: of a runner, what answers with the step's rows by request id once it has them.
+        rows_of: the step's rows by request id, of a runner that has them.
+        before: called with the runner before a step with orders.
     """
     original = runner_class.execute_model
 
@@ -115,7 +118,8 @@ def _show_orders(runner_class: Any, rows_of: Callable[[Any], Callable[[], dict[s
             return original(self, scheduler_output, *args, **kwargs)
         from vllm_duo.attention.metadata import step_orders
 
-        with step_orders(orders, rows_of(self)):
+        before(self)
+        with step_orders(orders, partial(rows_of, self)):
             return original(self, scheduler_output, *args, **kwargs)
 
     runner_class.execute_model = execute_model

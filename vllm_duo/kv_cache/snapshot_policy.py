@@ -20,7 +20,8 @@ class Reason(Enum):
     BRANCH = "branch"
     """Where prompts were found to part: the next one will part there too."""
     PROMPT = "prompt"
-    """The last block boundary of a prompt: the same prompt again, or a chat's next turn."""
+    """The last block boundary of a prompt at which vLLM may resume it: the same prompt again, or a
+    chat's next turn. With an EAGLE head vLLM resumes a block earlier."""
     ANSWER = "answer"
     """The last boundary of an answer so far: a chat's next turn."""
 
@@ -50,7 +51,8 @@ class SnapshotPolicy:
         """Where to store, in tokens, after ``low`` up to ``high``, ascending.
 
         Worked example: blocks of 16 tokens, interval 1,024, a prompt of 1,500 tokens that parts from
-        another one at 700: 688 (branch), 1,024 (interval) and 1,488 (prompt).
+        another one at 700: 688 (branch), 1,024 (interval) and 1,488 (prompt). With an EAGLE head
+        vLLM resumes the prompt at 1,472 at most, which is then stored instead.
 
         Args:
             low: tokens before the step, of whole blocks.
