@@ -119,6 +119,8 @@ def test_killed_and_resumed(command, tmp_path, method):
             assert written(out) == whole
             share /= 2
             continue
+        assert code == -signal.SIGKILL, seen
+        assert CHECKPOINT_NAME in left or not METHODS[method], seen
         assert start(command(method), out, "--resume").wait() == 0, seen
         assert written(out) == whole, seen
         resumed += 1

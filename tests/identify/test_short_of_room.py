@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.identify import tiny
 from tests.identify.conftest import tiny_settings
@@ -302,6 +304,15 @@ class TestMemory:
         (proc / "meminfo").write_text("MemTotal:  2000 kB\n")
         assert available_cpu_bytes(proc, root) is None
         assert available_cpu_bytes(proc / "nowhere", root / "nowhere") is None
+
+    @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+    def test_peak_is_told_in_bytes(self, monkeypatch, platform, unit):
+        from vllm_duo.identify import memory
+
+        used = SimpleNamespace(ru_maxrss=5000)
+        monkeypatch.setattr(memory.resource, "getrusage", lambda who: used)
+        monkeypatch.setattr(memory.sys, "platform", platform)
+        assert memory.peak_bytes(torch.device("cpu")) == 5000 * unit
 
     def test_without_figures_nothing_is_refused_and_that_is_logged_once(
         self, model_folder, tmp_path, monkeypatch
