@@ -66,6 +66,18 @@ def test_error_of_the_input_is_one_sentence(run, failing, kind):
     assert stderr == "Error: expected [this], got that: change it\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "out of memory: an allocation failed"),
+        (MemoryError("out of memory with [all]: use less"), "out of memory with [all]: use less"),
+    ],
+)
+def test_memory_that_ran_out_is_told_once(run, failing, error, told):
+    failing(error)
+    assert run("fail") == (2, "", f"Error: {told}\n")
+
+
 def test_debug_variable_shows_the_traceback(monkeypatch, failing):
     failing(ValueError("told"))
     monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")

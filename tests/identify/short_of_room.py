@@ -12,7 +12,7 @@ import contextlib
 import gc
 import io
 import json
-import os
+import re
 import resource
 import shutil
 import subprocess
@@ -20,9 +20,12 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.identify import tiny
+from tests.identify.control_group import own_group
+from vllm_duo import HeadPattern
 from vllm_duo.cli.main import main
 from vllm_duo.identify import memory, results, run
 from vllm_duo.identify.available import available_cpu_bytes
@@ -110,40 +113,52 @@ def allocation(folder: Path) -> list[Attempt]:
     for method in ("gates", *FORWARD_METHODS):
         flags = ["--method", method, "--check-samples", "0"]
         flags += ["--steps", "2"] if method == "gates" else ["--samples", "2"]
+        flags += ["--max-length", str(LONGEST), "--min-length", str(LONGEST - 100)]
         with contextlib.ExitStack() as limits:
 
-            def check_and_take(job, limits=limits):
-                check(job)
+            def check_and_take(*arguments, limits=limits):
+                check(*arguments)
                 room = address_space_bytes() + ROOM
                 limits.enter_context(limited(resource.RLIMIT_AS, room))
 
             memory.check_fits = check_and_take
             out = folder / method
-            lengths = ["--max-length", str(LONGEST), "--min-length", str(LONGEST - 100)]
-            found.append(attempt(folder / "long", out, *flags, *lengths))
+            found.append(attempt(folder / "long", out, *flags))
         memory.check_fits = check
-        fits = found[-1].told.partition("--max-length ")[2].split(" ")[0]
-        lengths = ["--max-length", fits, "--min-length", "64"]
-        found.append(attempt(folder / "long", out, *flags, *lengths))
+        found.append(attempt(folder / "long", out, *as_told(flags, found[-1].told)))
+    return found
+
+
+def as_told(flags: list[str], told: str) -> list[str]:
+    """The flags with the values that a message names, and no other change."""
+    found = list(flags)
+    for name, value in re.findall(r"(--m(?:ax|in)-length) (?:at most )?(\d+)", told):
+        found[found.index(name) + 1] = value
     return found
 
 
 def self_check(folder: Path) -> list[Attempt]:
-    """Memory that is gone once the heads are found."""
-    flags = ["--method", "on-the-fly", "--samples", "2", "--max-length", "96", "--min-length", "80"]
-    check_length = ("--check-length", str(LONGEST))
-    with contextlib.ExitStack() as limits:
-        check = run.check_pattern
+    """Memory that is gone once the heads are found, saved by the first of two methods alone."""
+    source = folder / "source"
+    HeadPattern(np.array([[0.9, 0.1], [0.2, 0.3]]), {"method": "gates"}).save(source)
+    lengths = ["--max-length", "96", "--min-length", "80", "--check-length", str(LONGEST)]
+    check, found = run.check_pattern, []
+    for method, resume in (
+        (["on-the-fly", "--samples", "2"], ["--resume"]),
+        (["exclusive", "--from", str(source)], []),
+    ):
+        flags, out = ["--method", *method, *lengths], folder / method[0]
+        with contextlib.ExitStack() as limits:
 
-        def take_and_check(*arguments, **others):
-            limits.enter_context(limited(resource.RLIMIT_AS, address_space_bytes() + ROOM))
-            return check(*arguments, **others)
+            def take_and_check(*arguments, limits=limits, **others):
+                limits.enter_context(limited(resource.RLIMIT_AS, address_space_bytes() + ROOM))
+                return check(*arguments, **others)
 
-        run.check_pattern = take_and_check
-        first = attempt(folder / "long", folder / "out", *flags, *check_length)
-    run.check_pattern = check
-    again = attempt(folder / "long", folder / "out", *flags, "--check-samples", "0", "--resume")
-    return [first, again]
+            run.check_pattern = take_and_check
+            found.append(attempt(folder / "long", out, *flags))
+        run.check_pattern = check
+        found.append(attempt(folder / "long", out, *flags, "--check-samples", "0", *resume))
+    return found
 
 
 def control_group(folder: Path) -> list[Attempt]:
@@ -155,43 +170,6 @@ def control_group(folder: Path) -> list[Attempt]:
             attempt(folder / "short", folder / "large", *MANY),
             attempt(folder / "short", folder / "small", *MANY, "--batch-size", "1", *SMALL),
         ]
-
-
-@contextlib.contextmanager
-def own_group():
-    """This process in a control group below its own; gives what limits it to so many bytes more.
-
-    Raises:
-        OSError: it may not have one.
-    """
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
-            names = (
-                ("memory.limit_in_bytes", "memory.usage_in_bytes")
-                if controllers
-                else ("memory.max", "memory.current")
-            )
-            above = root / path.strip("/")
-            if (above / names[1]).exists():
-                break
-    else:
-        raise FileNotFoundError("no control group for memory")
-    own = above / f"duo-{os.getpid()}"
-    own.mkdir()
-    try:
-        (own / "cgroup.procs").write_text(str(os.getpid()))
-
-        def limit(more: int) -> None:
-            # Pages that were charged to the group above stay there.
-            (own / names[0]).write_text(str(int((own / names[1]).read_text()) + more))
-
-        yield limit
-        (above / "cgroup.procs").write_text(str(os.getpid()))
-    finally:
-        with contextlib.suppress(OSError):
-            own.rmdir()
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.identify import tiny
-from tests.identify.conftest import tiny_settings
+from tests.identify.conftest import make_job, tiny_settings
 from vllm_duo import HeadPattern
+from vllm_duo.identify import memory
 from vllm_duo.identify import run as run_module
 from vllm_duo.identify.checkpoint import CHECKPOINT_NAME
 from vllm_duo.identify.registry import FORWARD_METHODS
@@ -207,8 +208,14 @@ def test_text_that_is_too_short_is_found_before_the_run(model_folder, tmp_path):
         identify(str(model_folder), tiny_settings(text=tmp_path / "text"), tmp_path / "out")
 
 
+TRIED = r"up to 700 tokens; 175 was tried and fits: use --max-length 175( and.*)? and start again$"
+
+
+@pytest.mark.parametrize("min_length", [650, None])
 @pytest.mark.parametrize("method", ["gates", "on-the-fly"])
-def test_out_of_memory_names_a_length_that_fits(model_folder, tmp_path, monkeypatch, method):
+def test_out_of_memory_names_a_length_that_fits(
+    model_folder, tmp_path, monkeypatch, method, min_length
+):
     limit = 200
     real_step, real_method = run_module.gate_step, FORWARD_METHODS["on-the-fly"]
 
@@ -226,17 +233,73 @@ def test_out_of_memory_names_a_length_that_fits(model_folder, tmp_path, monkeypa
     monkeypatch.setattr("vllm_duo.identify.run.gate_step", step)
     monkeypatch.setattr("vllm_duo.identify.gates.gate_step", step)
     monkeypatch.setitem(FORWARD_METHODS, "on-the-fly", Method())
-    settings = tiny_settings(method=method, max_length=700, min_length=650)
-    with pytest.raises(MemoryError, match=r"up to 700 tokens; 175 was tried and fits"):
+    settings = tiny_settings(method=method, max_length=700, min_length=min_length)
+    with pytest.raises(MemoryError, match=TRIED) as error:
         identify(str(model_folder), settings, tmp_path)
+    assert ("--min-length at most 175" in str(error.value)) == (min_length is not None)
+
+
+@pytest.mark.parametrize(("method", "least"), [("on-the-fly", 49), ("induction", 4 * 17 + 1)])
+def test_no_length_is_tried_that_the_method_refuses(method, least):
+    job = make_job(tiny.random_llama(), method=method, max_length=700, min_length=650)
+    tried = []
+
+    def trial(length):
+        tried.append(length)
+        raise MemoryError
+
+    error = memory.explain_out_of_memory(job, 650, trial)
+    assert tried == [350, 175, 87, least]
+    assert "up to 700 tokens, and with shorter ones too: use a larger device" in str(error)
+    tried.clear()
+    short = make_job(tiny.random_llama(), method=method, max_length=least, min_length=None)
+    error = memory.explain_out_of_memory(short, None, trial)
+    assert tried == []
+    assert f"up to {least} tokens: use a larger device" in str(error)
+
+
+@pytest.mark.parametrize("method", ["on-the-fly", "induction"])
+def test_the_least_length_is_the_least_that_runs(method):
+    job = make_job(tiny.random_llama(), method=method, min_length=None)
+    run_module.one_step(job, job.least_length)
+    if method == "induction":
+        with pytest.raises(ValueError, match=f"of at least {job.least_length}$"):
+            run_module.one_step(job, job.least_length - 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"), [("exclusive", "no result"), ("on-the-fly", "the run")]
+)
+def test_out_of_memory_as_results_are_written(model_folder, tmp_path, monkeypatch, method, told):
+    def fail(*arguments):
+        raise MemoryError
+
+    source = None
+    if method == "exclusive":
+        source = tmp_path / "source"
+        HeadPattern(np.array([[0.9, 0.1], [0.2, 0.3]])).save(source)
+    settings = tiny_settings(method=method, source=source, samples=2, check_samples=0)
+    monkeypatch.setattr(run_module, "write_results", fail)
+    with pytest.raises(
+        MemoryError, match=f"out of memory as the results were written; {told}"
+    ) as e:
+        identify(str(model_folder), settings, tmp_path / "out")
+    kept = (tmp_path / "out" / CHECKPOINT_NAME).exists()
+    assert kept == (method != "exclusive")
+    assert ("checkpoint is kept: run the same command with --resume" in str(e.value)) == kept
+    assert "self-check" not in str(e.value)
 
 
 @pytest.mark.parametrize(
     ("left", "batch_size", "remedy"),
     [
-        (600_000, 1, r"--max-length \d+ or less$"),
+        (600_000, 1, r"--max-length (\d+) or less and --min-length at most \1$"),
         (600_000, 2, r"a smaller --batch-size$"),  # a length that fits would be too short
-        (1_200_000, 2, r"--max-length \d+ or less, or a smaller --batch-size$"),
+        (
+            1_200_000,
+            2,
+            r"--max-length (\d+) or less and --min-length at most \1, or a smaller --batch-size$",
+        ),
         (300_000, 1, r"a machine with more memory, or --dtype bfloat16$"),
     ],
 )

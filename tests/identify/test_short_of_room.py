@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.identify import tiny
-from tests.identify.short_of_room import LONGEST, Attempt, own_group
+from tests.identify.conftest import tiny_settings
+from tests.identify.control_group import own_group
+from tests.identify.short_of_room import LONGEST, Attempt
 from vllm_duo.identify.available import available_cpu_bytes
 from vllm_duo.identify.checkpoint import CHECKPOINT_NAME
 from vllm_duo.identify.registry import FORWARD_METHODS
+from vllm_duo.identify.run import identify
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = "full_attention_heads.tsv"
@@ -68,11 +74,9 @@ def attempts(tmp_path_factory, mounts):
 
 
 def may_have_a_group() -> bool:
-    try:
-        with own_group():
-            return True
-    except OSError:
-        return False
+    """Tried by another process, which moves from group to group instead of this one."""
+    probe = [sys.executable, "-m", "tests.identify.control_group"]
+    return subprocess.run(probe, cwd=ROOT, capture_output=True).returncode == 0
 
 
 class TestFullDisk:
@@ -116,12 +120,72 @@ class TestFullDisk:
             assert resumed.files == whole.files
 
 
+@pytest.fixture
+def kernel(tmp_path):
+    """What /proc and /sys/fs/cgroup may show: 900 kB are left, 100 in use, and no group limits them."""
+    proc, root = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:   900 kB\n")
+    (proc / "self" / "status").write_text("VmSize:\t 100 kB\nVmData:\t 50 kB\n")
+    (proc / "self" / "cgroup").write_text("0::/a/b\n")
+    return proc, root
+
+
+class TestControlGroup:
+    """The tests' own: a folder stands in for the kernel, which adds files to a group that is made."""
+
+    @pytest.fixture
+    def groups(self, tmp_path):
+        above = tmp_path / "a"
+        above.mkdir()
+        (above / "memory.current").write_text("5\n")
+        (above / "cgroup.procs").write_text("")
+        (tmp_path / "of_process").write_text("1:cpu:/x\n0::/a\n")
+        return above
+
+    def test_without_a_limit_it_is_refused_and_removed(self, groups, tmp_path):
+        with (
+            pytest.raises(FileNotFoundError, match=r"has no memory\.max"),
+            own_group(tmp_path, tmp_path / "of_process"),
+        ):
+            pass
+        assert sorted(path.name for path in groups.iterdir()) == ["cgroup.procs", "memory.current"]
+
+    def test_a_failure_within_leaves_it(self, groups, tmp_path, monkeypatch):
+        made = Path.mkdir
+
+        def make(folder):
+            made(folder)
+            for name in ("memory.max", "memory.current", "cgroup.procs"):
+                (folder / name).write_text("7\n")
+
+        def remove(folder):  # the kernel's files go with the group, once no process is in it
+            assert (groups / "cgroup.procs").read_text() == str(os.getpid())
+            shutil.rmtree(folder)
+
+        monkeypatch.setattr(Path, "mkdir", make)
+        monkeypatch.setattr(Path, "rmdir", remove)
+
+        def fail():
+            with own_group(tmp_path, tmp_path / "of_process") as limit:
+                limit(10)
+                (own,) = groups.glob("duo-*")
+                assert (own / "memory.max").read_text() == "17"
+                assert (own / "cgroup.procs").read_text() == str(os.getpid())
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert not list(groups.glob("duo-*"))
+
+
 class TestMemory:
     def refused_with_what_fits(self, large: Attempt, small: Attempt) -> None:
         assert large.code == BAD_INPUT
         told = re.search(
             r"a step of 200 x 1000 tokens needs about (\S+) GiB beside the weights, cpu has (\d+) "
-            r"MiB left: use --max-length (\d+) or less, or a smaller --batch-size",
+            r"MiB left: use --max-length (\d+) or less and --min-length at most \3, or a smaller "
+            r"--batch-size",
             large.told,
         )
         assert told, large.told
@@ -147,24 +211,29 @@ class TestMemory:
             assert failed.code == BAD_INPUT
             told = re.search(
                 rf"out of memory with samples of up to {LONGEST} tokens; (\d+) was tried and fits: "
-                r"use --max-length \1 and start again",
+                r"use --max-length \1 and --min-length at most \1 and start again",
                 failed.told,
             )
             assert told, failed.told
-            assert 64 <= int(told[1]) <= LONGEST // 2
+            assert int(told[1]) <= LONGEST // 2
             assert failed.files == []
             assert again.code == 0, again.told
             assert TABLE in again.files
 
     def test_a_failed_allocation_in_the_self_check_keeps_the_run(self, attempts):
-        failed, again = attempts["self-check"]
+        failed, again, *exclusive = attempts["self-check"]
+        told = f"Error: out of memory in the self-check, with samples of {LONGEST} tokens; "
+        remedy = "a shorter --check-length, or with --check-samples 0"
+        kept = f"the run's checkpoint is kept: run the same command with --resume and {remedy}"
         assert failed.code == BAD_INPUT
-        assert (
-            f"out of memory in the self-check, with samples of {LONGEST} tokens; the run's checkpoint "
-            "is kept: run the same command with --resume and a shorter --check-length, or with "
-            "--check-samples 0"
-        ) in failed.told
+        assert told + kept in failed.told
         assert failed.files == [CHECKPOINT_NAME]
+        assert again.code == 0, again.told
+        assert TABLE in again.files
+        failed, again = exclusive  # it saves nothing on its way
+        assert failed.code == BAD_INPUT
+        assert f"{told}no result is there yet: run the same command with {remedy}" in failed.told
+        assert failed.files == []
         assert again.code == 0, again.told
         assert TABLE in again.files
 
@@ -185,11 +254,8 @@ class TestMemory:
             ({"a/b": ("max", 400_000, 500_000, 0)}, 0),
         ],
     )
-    def test_what_control_groups_leave(self, tmp_path, groups, expected):
-        proc, root = tmp_path / "proc", tmp_path / "cgroup"
-        (proc / "self").mkdir(parents=True)
-        (proc / "meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:   900 kB\n")
-        (proc / "self" / "status").write_text("VmSize:\t 100 kB\nVmData:\t 50 kB\n")
+    def test_what_control_groups_leave(self, kernel, groups, expected):
+        proc, root = kernel
         first = any(kind == "limit_in_bytes" for kind, *_ in groups.values())
         line = "4:memory:/a/b" if first else "0::/a/b"
         (proc / "self" / "cgroup").write_text(f"1:name=systemd:/\n{line}\n")
@@ -203,6 +269,66 @@ class TestMemory:
             (folder / "memory.stat").write_text(f"anon 5\n{field} {cached}\n")
         assert available_cpu_bytes(proc, root) == expected
 
+    @pytest.mark.parametrize(
+        ("kind", "limit", "expected"),
+        [
+            (resource.RLIMIT_AS, 300 << 10, 200 << 10),
+            (resource.RLIMIT_DATA, 130 << 10, 80 << 10),
+            (resource.RLIMIT_DATA, 30 << 10, 0),
+        ],
+    )
+    def test_what_ulimit_leaves(self, kernel, monkeypatch, kind, limit, expected):
+        proc, root = kernel
+        none = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        monkeypatch.setattr(
+            resource, "getrlimit", lambda asked: (limit, limit) if asked == kind else none
+        )
+        assert available_cpu_bytes(proc, root) == expected
+        (proc / "self" / "status").unlink()  # what is in use is not known, nor what is left
+        assert available_cpu_bytes(proc, root) == 900 << 10
+
+    def test_files_that_are_missing_or_odd_limit_nothing(self, kernel):
+        proc, root = kernel
+        group = root / "a" / "b"
+        group.mkdir(parents=True)
+        (group / "memory.max").write_text("400000\n")
+        (group / "memory.stat").write_text("inactive_file 0\n")
+        for used in (None, "", "many\n"):
+            if used is not None:
+                (group / "memory.current").write_text(used)
+            assert available_cpu_bytes(proc, root) == 900 << 10
+        (proc / "self" / "cgroup").write_text("of another kernel\n")
+        assert available_cpu_bytes(proc, root) == 900 << 10
+        (proc / "self" / "cgroup").unlink()
+        assert available_cpu_bytes(proc, root) == 900 << 10
+        (proc / "meminfo").write_text("MemTotal:  2000 kB\n")
+        assert available_cpu_bytes(proc, root) is None
+        assert available_cpu_bytes(proc / "nowhere", root / "nowhere") is None
+
+    @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+    def test_peak_is_told_in_bytes(self, monkeypatch, platform, unit):
+        from vllm_duo.identify import memory
+
+        used = SimpleNamespace(ru_maxrss=5000)
+        monkeypatch.setattr(memory.resource, "getrusage", lambda who: used)
+        monkeypatch.setattr(memory.sys, "platform", platform)
+        assert memory.peak_bytes(torch.device("cpu")) == 5000 * unit
+
+    def test_without_figures_nothing_is_refused_and_that_is_logged_once(
+        self, model_folder, tmp_path, monkeypatch
+    ):
+        from vllm_duo.identify import memory
+
+        told = []
+        monkeypatch.setattr(memory, "available_cpu_bytes", lambda: None)
+        monkeypatch.setattr(memory.logger, "warning", told.append)
+        memory._log_unknown.cache_clear()
+        settings = tiny_settings(method="on-the-fly", samples=1, check_samples=0)
+        identify(str(model_folder), settings, tmp_path / "out")
+        memory._log_unknown.cache_clear()
+        assert len(told) == 1
+        assert "does not tell how much memory is left" in told[0]
+
     def test_weights_that_do_not_fit_are_not_loaded(self, model_folder, monkeypatch):
         from vllm_duo.identify import memory, model
 
@@ -213,3 +339,28 @@ class TestMemory:
                 MemoryError, match=r"its weights need about .* are left: use a mach"
             ):
                 model.load_model(str(model_folder), device="cpu", dtype=dtype)
+
+    def test_only_the_files_that_transformers_loads_count(
+        self, model_folder, tmp_path, monkeypatch
+    ):
+        from vllm_duo.identify import memory, model
+
+        folder = tmp_path / "model"
+        shutil.copytree(model_folder, folder)
+        single = folder / memory.WEIGHTS_NAME
+        stored = single.stat().st_size
+        (folder / "consolidated.safetensors").write_bytes(bytes(4 * stored))
+        (folder / "adapter_model.safetensors").write_bytes(bytes(stored))
+        assert memory.weight_bytes(folder) == stored
+        monkeypatch.setattr(memory, "available_cpu_bytes", lambda: stored + 1000)
+        assert model.load_model(str(folder), device="cpu", dtype=None).info.num_layers == 2
+        shards = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+        index = {f"weight {number}": shards[number % 2].name for number in range(5)}
+        (folder / memory.INDEX_NAME).write_text(json.dumps({"weight_map": index}))
+        for number, shard in enumerate(shards):
+            shard.write_bytes(bytes(100 + number))
+        assert memory.weight_bytes(folder) == stored  # one file goes before shards
+        single.unlink()
+        assert memory.weight_bytes(folder) == 201
+        (folder / memory.INDEX_NAME).write_text("[]")
+        assert memory.weight_bytes(folder) == 0

@@ -58,8 +58,6 @@ def identify(
     with ProgressBar(settings.method) as progress:
         try:
             outcome = find(model, settings, out, resume=run.resume, ray=run.ray, progress=progress)
-        except MemoryError as error:
-            raise RuntimeError(str(error)) from None
         except KeyboardInterrupt:
             _tell_interrupted(out)
             raise typer.Exit(130) from None
@@ -111,9 +109,9 @@ class ProgressBar:
 
 def _tell_interrupted(folder: Path) -> None:
     from vllm_duo.cli.consoles import err
-    from vllm_duo.identify.checkpoint import CHECKPOINT_NAME
+    from vllm_duo.identify.checkpoint import has_checkpoint
 
-    if (folder / CHECKPOINT_NAME).exists():
+    if has_checkpoint(folder):
         err.print(f"ended; {folder} holds a checkpoint: go on with --resume", highlight=False)
     else:
         err.print("ended before the first checkpoint", highlight=False)

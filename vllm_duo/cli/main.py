@@ -107,6 +107,6 @@ def main() -> None:
         err.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(INPUT_ERROR)
     except MemoryError as error:
-        told = str(error) or "an allocation failed"
-        err.print(f"Error: out of memory: {told}", markup=False, highlight=False, soft_wrap=True)
+        told = str(error) or "out of memory: an allocation failed"
+        err.print(f"Error: {told}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(INPUT_ERROR)

@@ -17,29 +17,42 @@ UNLIMITED = 1 << 60
 """What version 1 of control groups calls no limit is a little less than 2**63."""
 
 
-def available_cpu_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
+def available_cpu_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int | None:
     """Bytes that this process can still take: the least of what each limit leaves.
+
+    None where the kernel tells of no limit at all, as on systems without /proc.
 
     Args:
         proc: where the kernel tells of processes.
         cgroups: where it tells of control groups, of either version.
     """
+    left = [*_left_on_machine(proc), *_left_in_groups(proc, cgroups), *_left_to_process(proc)]
+    return max(0, min(left)) if left else None
+
+
+def _left_on_machine(proc: Path) -> Iterator[int]:
     meminfo = _amounts(proc / "meminfo")
-    left = [meminfo["MemAvailable"], *_left_in_groups(proc, cgroups), *_left_to_process(proc)]
-    return max(0, min(left))
+    if "MemAvailable" in meminfo:
+        yield meminfo["MemAvailable"]
 
 
 def _left_to_process(proc: Path) -> Iterator[int]:
     status = _amounts(proc / "self" / "status")
     for kind, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         limit = resource.getrlimit(kind)[0]
-        if limit != resource.RLIM_INFINITY:
+        if limit != resource.RLIM_INFINITY and used in status:
             yield limit - status[used]
 
 
 def _left_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
     """Of the process's own group and all above it, as far as this mount shows them."""
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except (OSError, ValueError):
+        return
+    for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             names = ("memory.max", "memory.current", "inactive_file")
@@ -60,16 +73,21 @@ def _left_in_groups(proc: Path, cgroups: Path) -> Iterator[int]:
 def _left_in_group(folder: Path, limit: str, used: str, reclaimable: str) -> Iterator[int]:
     """What its limit leaves; files that the kernel would drop from its memory do not count as used."""
     try:
-        most = (folder / limit).read_text().strip()
+        limited_to = (folder / limit).read_text().strip()
+        most = UNLIMITED if limited_to == "max" else int(limited_to)
         taken = int((folder / used).read_text())
         cached = re.search(rf"^{reclaimable} (\d+)$", (folder / "memory.stat").read_text(), re.M)
-    except OSError:
+    except (OSError, ValueError):
         return
-    if most != "max" and int(most) < UNLIMITED:
-        yield int(most) - taken + (int(cached[1]) if cached else 0)
+    if most < UNLIMITED:
+        yield most - taken + (int(cached[1]) if cached else 0)
 
 
 def _amounts(file: Path) -> dict[str, int]:
-    """The amounts of memory in a file of the kernel, in bytes."""
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(), flags=re.M)
+    """The amounts of memory in a file of the kernel, in bytes; none where there is no such file."""
+    try:
+        text = file.read_text()
+    except (OSError, ValueError):
+        return {}
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", text, flags=re.M)
     return {name: int(amount) * 1024 for name, amount in found}

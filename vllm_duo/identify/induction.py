@@ -34,9 +34,16 @@ import torch
 from torch import Tensor
 
 from vllm_duo.identify.attention import attention_rows, full_attention
-from vllm_duo.identify.methods import Floats, Job, Scores, by_layer, to_kv_heads
+from vllm_duo.identify.methods import (
+    INDUCTION_REPEATS,
+    Floats,
+    Job,
+    Scores,
+    by_layer,
+    kept_tokens,
+    to_kv_heads,
+)
 
-REPEATS = 4
 ROWS_AT_ONCE = 256
 
 
@@ -50,7 +57,7 @@ class Induction:
     def score(self, job: Job, index: int) -> Floats:
         """[2, L, Hq] of one sample: echo and induction."""
         ids, period = make_repeats(job, index)
-        first = ids.shape[1] - REPEATS * period
+        first = ids.shape[1] - INDUCTION_REPEATS * period
         found: dict[int, Tensor] = {}
 
         def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -83,20 +90,20 @@ def make_repeats(job: Job, index: int) -> tuple[Tensor, int]:
     settings, tokenizer = job.settings, job.model.tokenizer
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     longest = job.lengths()[1]
-    period = (longest - len(begin)) // REPEATS
-    kept = max(settings.sink_size + settings.recent_size, job.model.info.largest_window)
-    if period <= kept:
+    period = (longest - len(begin)) // INDUCTION_REPEATS
+    if longest < job.least_length:
         raise ValueError(
-            f"method induction repeats {period} tokens {REPEATS} times within --max-length "
-            f"{longest}, and a copy must lie further back than the {kept} tokens that a streaming "
-            f"head keeps: expected --max-length of at least {REPEATS * (kept + 1) + 1}"
+            f"method induction repeats {period} tokens {INDUCTION_REPEATS} times within --max-length "
+            f"{longest}, and a copy must lie further back than the {kept_tokens(settings, job.model)} "
+            "tokens that a streaming head or a layer of the model's own keeps: expected --max-length "
+            f"of at least {job.least_length}"
         )
     rng = random.Random(f"{settings.seed} induction {index}")
     special = set(tokenizer.all_special_ids)
     size = min(len(tokenizer), job.model.model.config.vocab_size)
     allowed = [token for token in range(size) if token not in special]
     block = [rng.choice(allowed) for _ in range(period)]
-    return torch.tensor([begin + block * REPEATS]), period
+    return torch.tensor([begin + block * INDUCTION_REPEATS]), period
 
 
 def copy_attention(query: Tensor, key: Tensor, scaling: float, first: int, period: int) -> Tensor:
@@ -114,7 +121,7 @@ def copy_attention(query: Tensor, key: Tensor, scaling: float, first: int, perio
     for start in range(first + period, length, ROWS_AT_ONCE):
         rows = torch.arange(start, min(start + ROWS_AT_ONCE, length), device=query.device)
         weights = attention_rows(query, key, scaling, rows)  # [Hq, n, T]
-        for repeat in range(1, REPEATS):
+        for repeat in range(1, INDUCTION_REPEATS):
             copies = rows - repeat * period
             there = copies >= first
             at = torch.nonzero(there).flatten()

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import resource
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_duo.identify.available import available_cpu_bytes
+from vllm_duo.identify.checkpoint import has_checkpoint
+from vllm_duo.logging import get_logger
 
 if TYPE_CHECKING:
     from vllm_duo.identify.methods import Job
     from vllm_duo.identify.model import HookedModel
 
-SMALLEST_TRIAL = 64
 ESTIMATE_MARGIN = 1.5
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 
 _SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
 _SMALLER = "use a machine with more memory, or --dtype bfloat16"
+
+logger = get_logger(__name__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,11 +63,40 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     return number * per_token * length * batch_size
 
 
-def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on the CPU within all limits of this process."""
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; on the CPU within all limits of this process.
+
+    None where the system does not tell; that is logged once.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return available_cpu_bytes()
+    there = available_cpu_bytes()
+    if there is None:
+        _log_unknown()
+    return there
+
+
+@cache
+def _log_unknown() -> None:
+    logger.warning(
+        "this system does not tell how much memory is left (no /proc/meminfo): weights and steps are "
+        "not held against it before they are loaded and computed"
+    )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files of weights that transformers loads from a folder; 0: it has none of them.
+
+    One file goes before shards, as in transformers. What lies beside them does not count: weights in
+    the format of their maker (``consolidated.safetensors``), adapters.
+    """
+    files = {WEIGHTS_NAME}
+    if not (folder / WEIGHTS_NAME).is_file():
+        try:
+            files = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return 0  # transformers says what is wrong with it
+    return sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
 
 
 def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
@@ -74,12 +112,12 @@ def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
     Raises:
         MemoryError: names what they need and what there is.
     """
-    stored = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    stored = weight_bytes(Path(name))
     of_file = getattr(config, "dtype", None)
     itemsize = of_file.itemsize if isinstance(of_file, torch.dtype) else dtype.itemsize
     needs = stored * dtype.itemsize / itemsize
-    there = available_cpu_bytes()
-    if needs > there:
+    there = available_bytes(torch.device("cpu"))  # they are loaded there first, whatever the device
+    if there is not None and needs > there:
         raise MemoryError(
             f"model {name}: its weights need about {_gib(needs)} in {str(dtype).split('.')[-1]}, "
             f"{_gib(there)} are left: {_SMALLER}"
@@ -91,23 +129,39 @@ def explain_while_loading(name: str) -> MemoryError:
     return MemoryError(f"model {name}: out of memory while it was loaded: {_SMALLER}")
 
 
-def explain_after_the_run(length: int) -> MemoryError:
-    """The error for a run that ran out of memory in its self-check, or as its results were written.
+@contextmanager
+def explain_after_the_run(where: str, remedy: str, folder: Path) -> Iterator[None]:
+    """Say what to do when memory runs out once the heads are found.
 
     Args:
-        length: of the self-check's samples, in tokens.
+        where: it runs out, in words.
+        remedy: what to run the same command with.
+        folder: of the run, which holds its checkpoint if the method has any.
+
+    Raises:
+        MemoryError: names the place, what is kept and the remedy.
     """
-    return MemoryError(
-        f"out of memory in the self-check, with samples of {length} tokens; the run's checkpoint is "
-        "kept: run the same command with --resume and a shorter --check-length, or with "
-        "--check-samples 0"
-    )
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kept, resume = "no result is there yet", ""
+        if has_checkpoint(folder):
+            kept, resume = "the run's checkpoint is kept", "--resume and "
+        raise MemoryError(
+            f"out of memory {where}; {kept}: run the same command with {resume}{remedy}"
+        ) from None
 
 
-def check_fits(job: Job) -> None:
+def check_fits(job: Job, min_length: int | None) -> None:
     """Refuse a run whose longest step is estimated not to fit, before anything is computed.
 
     On a CPU the kernel would end the process without a word; on a GPU hours would be lost.
+
+    Args:
+        job: model and settings.
+        min_length: that the user gave, in tokens; None: none.
 
     Raises:
         MemoryError: names the estimate, what there is and the length that fits.
@@ -120,9 +174,10 @@ def check_fits(job: Job) -> None:
     def needs(length: int) -> float:
         return ESTIMATE_MARGIN * step_bytes(job.model, length, batch_size, gradients=gradients)
 
-    if needs(longest) > there:
+    if there is not None and needs(longest) > there:
         fits = int(longest * there / needs(longest))
-        remedies = [f"--max-length {fits} or less"] * (fits >= job.least_length)
+        shorter = f"--max-length {fits} or less{_lower(min_length, fits)}"
+        remedies = [shorter] * (fits >= job.least_length)
         remedies += ["a smaller --batch-size"] * (batch_size > 1)
         raise MemoryError(
             f"a step of {batch_size} x {longest} tokens needs about {_gib(needs(longest))} beside "
@@ -132,41 +187,51 @@ def check_fits(job: Job) -> None:
 
 
 def explain_out_of_memory(
-    longest: int, batch_size: int, trial: Callable[[int], object]
+    job: Job, min_length: int | None, trial: Callable[[int], object]
 ) -> MemoryError:
     """The error for a step that ran out of memory, with a length that was tried and fits.
 
     Args:
-        longest: tokens of the longest sample.
-        batch_size: samples of the step.
+        job: model and settings.
+        min_length: that the user gave, in tokens; None: none.
         trial: computes one step whose samples have that many tokens.
     """
-    length = longest // 2
-    while length >= SMALLEST_TRIAL:
+    longest, least = job.lengths()[1], job.least_length
+    length, shorter = longest, ""
+    while length > least:
+        length = max(length // 2, least)
         try:
             trial(length)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            shorter = ", and with shorter ones too"
         except ValueError:
             break  # too short for keys or rule
         else:
             return MemoryError(
                 f"out of memory with samples of up to {longest} tokens; {length} was tried and "
-                f"fits: use --max-length {length} and start again"
+                f"fits: use --max-length {length}{_lower(min_length, length)} and start again"
             )
-        length //= 2
+    smaller = job.settings.method == "gates" and job.settings.batch_size > 1
     return MemoryError(
-        f"out of memory with samples of up to {longest} tokens, and with shorter ones too: use "
-        f"{'a smaller --batch-size, ' if batch_size > 1 else ''}a larger device, or --dtype bfloat16"
+        f"out of memory with samples of up to {longest} tokens{shorter}: use "
+        f"{'a smaller --batch-size, ' if smaller else ''}a larger device, or --dtype bfloat16"
     )
+
+
+def _lower(min_length: int | None, length: int) -> str:
+    """What else must be lowered for samples of up to `length` tokens, in words."""
+    too_long = min_length is not None and min_length > length
+    return f" and --min-length at most {length}" if too_long else ""
 
 
 def peak_bytes(device: torch.device) -> int:
     """Highest memory use so far: of the device's tensors on a GPU, else of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
 def _gib(amount: float) -> str:

@@ -26,6 +26,8 @@ Progress = Callable[[int, int, str], None]
 DEFAULT_MAX_LENGTH = 2048
 LEAST_HIDDEN = 32
 """The longest sample has more tokens than these that no streaming head keeps."""
+INDUCTION_REPEATS = 4
+"""How often `induction` repeats its tokens."""
 
 
 def by_layer(found: Mapping[int, Tensor], num_layers: int) -> Tensor:
@@ -71,8 +73,16 @@ class Job:
 
     @property
     def least_length(self) -> int:
-        """Tokens that the longest sample must have; shorter ones look the same to every head."""
-        return kept_tokens(self.settings, self.model) + LEAST_HIDDEN + 1
+        """Tokens that the longest sample must have; shorter ones look the same to every head.
+
+        Copies of `induction` lie one period apart, behind the token that begins a text if there is one.
+        """
+        kept = kept_tokens(self.settings, self.model)
+        least = kept + LEAST_HIDDEN + 1
+        if self.settings.method != "induction":
+            return least
+        begin = self.model.tokenizer.bos_token_id is not None
+        return max(least, INDUCTION_REPEATS * (kept + 1) + begin)
 
     def lengths(self) -> tuple[int, int]:
         """Tokens of the shortest and of the longest sample."""

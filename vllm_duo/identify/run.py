@@ -16,6 +16,7 @@ from vllm_duo.heads.folder import TSV_NAME
 from vllm_duo.identify import memory
 from vllm_duo.identify.checkpoint import (
     Arrays,
+    has_checkpoint,
     load_checkpoint,
     remove_checkpoint,
     run_fingerprint,
@@ -83,7 +84,7 @@ def identify(
     model = load_model(model_name, device=settings.device, dtype=settings.dtype)
     job = Job(model, with_default_samples(complete(settings, model)))
     job.samples()  # a text that is too short is found here
-    memory.check_fits(job)
+    memory.check_fits(job, settings.min_length)
     run = run_fingerprint(run_facts(job))
     keeper = _Keeper(out, run, load_checkpoint(out, run) if resume else None)
     try:
@@ -92,17 +93,10 @@ def identify(
         if not memory.is_out_of_memory(error):
             raise
         error.__traceback__ = None  # its frames hold tensors
-        batch_size = job.settings.batch_size if job.settings.method == "gates" else 1
         raise memory.explain_out_of_memory(
-            job.lengths()[1], batch_size, lambda n: one_step(job, n)
+            job, settings.min_length, lambda n: one_step(job, n)
         ) from None
-    try:
-        return _finish(job, scores, keeper, out, progress)
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        assert job.settings.check_length is not None
-        raise memory.explain_after_the_run(job.settings.check_length) from None
+    return _finish(job, scores, keeper, out, progress)
 
 
 def _finish(job: Job, scores: Scores, keeper: _Keeper, out: Path, progress: Progress) -> Outcome:
@@ -110,7 +104,10 @@ def _finish(job: Job, scores: Scores, keeper: _Keeper, out: Path, progress: Prog
     started = time.monotonic()
     check = None
     if job.settings.check_samples:
-        check = check_pattern(job, HeadPattern(scores.values), progress=progress)
+        place = f"in the self-check, with samples of {job.settings.check_length} tokens"
+        remedy = "a shorter --check-length, or with --check-samples 0"
+        with memory.explain_after_the_run(place, remedy, out):
+            check = check_pattern(job, HeadPattern(scores.values), progress=progress)
     effort = Effort(
         units=count_units(job.settings),
         seconds=keeper.seconds(),
@@ -118,7 +115,8 @@ def _finish(job: Job, scores: Scores, keeper: _Keeper, out: Path, progress: Prog
         peak_memory_bytes=memory.peak_bytes(job.model.device),
         threads=torch.get_num_threads(),
     )
-    pattern = write_results(out, job, scores, check, effort)
+    with memory.explain_after_the_run("as the results were written", "more memory free", out):
+        pattern = write_results(out, job, scores, check, effort)
     remove_checkpoint(out)
     return Outcome(pattern, check, effort, out)
 
@@ -154,7 +152,7 @@ def check_folder(out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: expected a folder, found a file: choose another name")
-    unfinished = (out / "checkpoint.npz").exists()
+    unfinished = has_checkpoint(out)
     if unfinished and not resume:
         raise ValueError(
             f"--out {out}: expected an empty folder, found the checkpoint of an unfinished run: go "
