@@ -22,7 +22,7 @@ from vllm_duo.report.serve_results import Run, ServeResults
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NEEDLE = ROOT / "models" / "needle"
 REQUESTS, KEYS = 8, 2
 BLOCKS = 21
