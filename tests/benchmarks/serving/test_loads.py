@@ -138,8 +138,8 @@ def test_a_pool_that_is_too_small_preempts_and_answers_all_the_same(folder):
         assert run.passkeys_right == run.passkeys_asked == KEYS
     for side in ("stock", "duo-0.5"):
         counts = [run.server for run in runs_of(folder) if run.side == side]
-        # A counter, so exact. The peaks are gauges that are sampled four times a second: a run of a few
-        # seconds may hide them, down to the idle server's 0 before and after, so no bound holds for them.
+        # A counter, so exact. The peaks are of gauges that are sampled four times a second: a run of a
+        # few seconds may hide them, down to the idle server's 0, so no bound must hold for them.
         assert sum(count.preemptions for count in counts) > 0
 
 
