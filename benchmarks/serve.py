@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None, vllm: Sequence[str] | None = None) -
 
 
 def _tell_kept(err: Console, folder: Path | None) -> None:
+    """Unless there is nothing to go on with: the folder was not begun, or is free again."""
+    if folder is None or not (folder / "settings.json").is_file():
+        return
     err.print(
         f"What is finished is kept: go on with python -m benchmarks.serve --resume {folder}",
         markup=False,
@@ -72,15 +75,14 @@ def _tell_kept(err: Console, folder: Path | None) -> None:
 
 def _run(command: Command, err: Console, vllm: Sequence[str] | None) -> ServeResults:
     settings, folder = _begin(command)
-    with Screen(err, settings) as screen:
-        benchmark = Benchmark(settings, folder, screen.tell, vllm)
-        screen.expect(benchmark.tasks, folder.finished(settings))
-        try:
+    try:
+        with Screen(err, settings) as screen:
+            benchmark = Benchmark(settings, folder, screen.tell, vllm)
+            screen.expect(benchmark.tasks, folder.finished(settings))
             return benchmark.run(screen.start, screen.done)
-        except ValueError:
-            if command.resume is None:
-                folder.discard()
-            raise
+    except ValueError:
+        folder.discard()
+        raise
 
 
 def _begin(command: Command) -> tuple[Settings, RunFolder]:
@@ -98,7 +100,11 @@ def _begin(command: Command) -> tuple[Settings, RunFolder]:
     settings = command.settings(str(model) if prepare else None)
     folder.create(settings, provenance())
     if prepare is not None:
-        prepare(model)
+        try:
+            prepare(model)
+        except BaseException:  # a model that is not whole: nothing to go on with
+            folder.discard()
+            raise
     return settings, folder
 
 

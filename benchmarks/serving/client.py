@@ -15,12 +15,19 @@ from typing import Any
 from benchmarks.serving import api, metrics
 from benchmarks.serving.launch import Client, Launcher
 from benchmarks.serving.settings import Point
+from vllm_duo.evaluate.logs import log_tail
 from vllm_duo.report.serve_results import ServerCounts
 
 SAMPLE_EVERY_S = 0.25
 UNREACHABLE_AFTER_S = 60.0
 DYING_S = 2.0
-LOG_TAIL_LINES = 25
+"""Seconds that a server which does not answer is given to end.
+
+Its sockets close before its process can be waited for. Of a killed one that is less than a millisecond
+(measured with 1 GiB of memory); one that ends by itself stops its engine in between. 2 s leave room for
+that on a busy machine. They are only waited on the way to an error; a server that takes longer is told
+as one that does not answer.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,18 +121,18 @@ def run_client(
         if not client.returncode:
             samples.append(metrics.read_sample(api.metrics_text(load.url)))
     except api.UnreachableError:
-        check_dead(check_alive)
+        raise_if_dying(check_alive)
         raise
     if client.returncode:
-        check_dead(check_alive)
+        raise_if_dying(check_alive)
         raise RuntimeError(
             f"vllm bench serve ended with exit code {client.returncode}; the end of {load.log}:\n"
-            f"{_tail(load.log)}"
+            f"{log_tail(load.log)}"
         )
     raw: dict[str, Any] = json.loads(load.result.read_text())
     errors = [error for error in raw["errors"] if error]
     if raw["failed"] or errors:
-        check_dead(check_alive)
+        raise_if_dying(check_alive)
         first = errors[0].strip().splitlines()[-1] if errors else "no reason told"
         raise RuntimeError(
             f"{load.point.key}: expected {load.count} answers, {raw['failed']} requests failed, the "
@@ -138,8 +145,11 @@ def run_client(
     return raw, metrics.counts(samples)
 
 
-def check_dead(check_alive: Callable[[], None]) -> None:
-    """Look for a while whether a server that does not answer has ended: its sockets close earlier.
+def raise_if_dying(check_alive: Callable[[], None]) -> None:
+    """Tell of a server's end rather than of what that led to; one that lives costs ``DYING_S``.
+
+    Args:
+        check_alive: raises if the server has ended; asked until it does, or for ``DYING_S`` seconds.
 
     Raises:
         ServerDiedError: it has.
@@ -184,7 +194,3 @@ def _end(client: Client) -> None:
     if client.poll() is None:
         os.killpg(client.pid, signal.SIGKILL)
         client.wait()
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])

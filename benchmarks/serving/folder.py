@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,23 @@ from vllm_duo.report.serve_results import Gate, Run, ServedSide, ServeResults
 SAME_VERSIONS = ("commit", "vllm", "torch", "python", "cpu", "cores", "gpu")
 """What may not change within one run folder; the command may."""
 
+BEFORE_SERVERS = ("settings.json", "versions.json", "requests", "model")
+"""What a run writes before it starts a server."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class RunFolder:
     """Paths and files of one run.
 
     Attributes:
         path: the folder.
+        begun: whether ``create`` began it, rather than a run before.
+        made: folders that ``create`` made, the innermost first.
     """
 
     path: Path
+    begun: bool = field(default=False, init=False)
+    made: list[Path] = field(default_factory=list, init=False)
 
     @property
     def logs(self) -> Path:
@@ -61,20 +69,42 @@ class RunFolder:
 
         Raises:
             ValueError: there is something in it.
+            OSError: it cannot be written; it is left as it was.
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(
                 f"--out {self.path}: expected a new or an empty folder, found files: name another, or "
                 f"go on with what is there with --resume {self.path}"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / "settings.json", settings.model_dump_json(indent=1))
-        _write(self.path / "versions.json", json.dumps(versions, indent=1))
+        self.begun = True
+        self.made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(self.path / "settings.json", settings.model_dump_json(indent=1))
+            _write(self.path / "versions.json", json.dumps(versions, indent=1))
+        except BaseException:
+            self.discard()
+            raise
 
     def discard(self) -> None:
-        """Undo ``create``, unless a server was started: the same folder may be named again."""
-        if not self.logs.exists():
-            shutil.rmtree(self.path)
+        """Undo ``create`` and what followed, unless a server was started: the folder is free again.
+
+        Only what the run wrote is removed, and the folder only if ``create`` made it. What cannot be
+        removed stays, without a word: this is called while an error is on its way, which says more.
+        """
+        if not self.begun or self.logs.exists():
+            return
+        for name in BEFORE_SERVERS:
+            file = self.path / name
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                for written in (file, _part(file)):
+                    with suppress(OSError):
+                        written.unlink()
+        with suppress(OSError):
+            for folder in self.made:
+                folder.rmdir()
 
     def settings(self) -> Settings:
         """The settings of the run that is there.
@@ -186,6 +216,11 @@ def refuse_other_settings(kept: Settings, given: dict[str, Any], folder: Path) -
 def _write(file: Path, text: str) -> None:
     """Whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
+    part = _part(file)
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(file)
+
+
+def _part(file: Path) -> Path:
+    """A file's name until it is whole."""
+    return file.with_name(file.name + ".part")

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.serving import gate as gates
 from benchmarks.serving import summary
 from benchmarks.serving.api import UnreachableError
-from benchmarks.serving.client import Load, check_dead, client_arguments, run_client
+from benchmarks.serving.client import Load, client_arguments, raise_if_dying, run_client
 from benchmarks.serving.folder import RunFolder
 from benchmarks.serving.launch import CommandLauncher, ForkLauncher, Launcher
 from benchmarks.serving.prompts import Texts
@@ -165,7 +165,7 @@ class Benchmark:
             try:
                 return gates.ask_server(server.url, prompt, max_tokens, top)
             except UnreachableError:
-                check_dead(server.check_alive)
+                raise_if_dying(server.check_alive)
                 raise
 
         gate = gates.check(self.settings, questions, ask)

@@ -109,20 +109,21 @@ class TestRun:
         (task,) = results["tasks"].values()
         assert task["duo"]["duo-0.5"]["verdict"]["kind"] == "within_noise"
 
-    @pytest.mark.parametrize("changed", ["template", "task"])
+    @pytest.mark.parametrize("changed", ["template", "task", "documents"])
     def test_other_templates_and_tasks_are_other_jobs(self, jobs, tmp_path, changed):
         """Under the same names: answers that were kept are not taken for theirs."""
-        model, suite = copy_needle(tmp_path / "model", CHATML), tmp_path / "suite"
-        suite.mkdir()
-        (suite / "own.yaml").write_text("task: own")
+        model = copy_needle(tmp_path / "model", CHATML)
+        suite = write_suite(tmp_path, [{"prompt": "a", "answer": "1"}])
         given = {"model": str(model), "tasks": (), "suites": ("own",), "suites_path": str(suite)}
         before, after = [], []
         for kept in (before, before, after):
             if kept is after and changed == "template":
                 (model / "chat_template.jinja").write_text("Read. " + CHATML)
             elif kept is after:
-                (suite / "own.yaml").write_text("task: own\nnum_fewshot: 1")
-            results = self.evaluate(tmp_path, suites_chat=True, **given)
+                files = {"task": suite / f"{SUITE}.yaml", "documents": tmp_path / "documents.jsonl"}
+                with files[changed].open("a") as file:
+                    file.write("\n")
+            results = self.evaluate(tmp_path / "out", suites_chat=True, **given)
             kept.append((dict(jobs), results["chat_template"]))
         assert before[0] == before[1]
         for name in ("full-suites", "duo-0.5-suites"):
@@ -177,6 +178,14 @@ class TestRefused:
         (tmp_path / "file").write_text("")
         with pytest.raises(ValueError, match=rf"--suites-path .*{kind}: .*, found {found}"):
             evaluate(suites_path=str(tmp_path / kind))
+
+    def test_answers_among_the_tasks(self, evaluate, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "lm_eval", lm_eval_stub())
+        for folder in (tmp_path, tmp_path.parent):
+            with pytest.raises(
+                ValueError, match=r"--out .* expected a folder outside --suites-path"
+            ):
+                evaluate(suites_path=str(folder))
 
     def test_a_model_without_a_chat_template(self, evaluate, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "lm_eval", lm_eval_stub())

@@ -64,7 +64,11 @@ def test_every_other_way_to_draft(method):
         (LLAMA, {"attention_backend": "CPU_ATTN"}, "the attention backend CPU_ATTN: all"),
         (LLAMA, {"kv_cache_dtype": "fp8"}, "the KV cache fp8: it has the model's own"),
         (LLAMA | {"head_dim": 24}, {}, "the head size 24: supported are"),
-        (MISTRAL, {}, "the model's own sliding window (2 of 2 layers slide over 32 tokens): the heads"),
+        (
+            MISTRAL,
+            {},
+            "the model's own sliding window (2 of 2 layers slide over 32 tokens): the heads",
+        ),
     ],
 )
 def test_draft_model(serve, tmp_path, config, drafts, reason):

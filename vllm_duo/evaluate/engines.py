@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LOG_TAIL_LINES = 25
+from vllm_duo.evaluate.logs import log_tail
 
 
 def answers_of(name: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -45,9 +45,7 @@ def _run(name: str, job_file: Path, answers: Path, log: Path) -> None:
             command, stdout=out, stderr=subprocess.STDOUT, check=False, env=dict(os.environ)
         )
     if done.returncode or not answers.exists():
-        lines = log.read_text(errors="replace").splitlines()
-        tail = "\n".join(lines[-LOG_TAIL_LINES:])
         raise RuntimeError(
             f"the engine {name!r} ended with exit code {done.returncode}; engines that had answered "
-            f"are kept, the same command goes on from there; the end of {log}:\n{tail}"
+            f"are kept, the same command goes on from there; the end of {log}:\n{log_tail(log)}"
         )

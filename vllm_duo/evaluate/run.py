@@ -83,7 +83,7 @@ def evaluate(
         NotImplementedError: duo cannot serve the model.
     """
     if settings.suites:
-        check_suites(settings.suites_path)
+        check_suites(settings.suites_path, folder)
     chat = load_chat(settings)
     prompts = make_prompts(settings, count_tokens, chat)
     questions = make_questions(settings, prompts, count_tokens)

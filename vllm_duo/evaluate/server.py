@@ -14,22 +14,25 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vllm_duo.evaluate.logs import log_tail
+
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
-LOG_TAIL_LINES = 25
 PR_SET_PDEATHSIG = 1
-# Loaded here: a child between fork and exec should do no more than one call.
+# Loaded here: a child between fork and exec should do no more than a few system calls.
 _LIBC = ctypes.CDLL(None)
 
 
 class ServerProcess:
     """Runs ``vllm serve`` in a process group of its own; use it as a context manager.
 
-    A server that the main thread started ends with this process, even where that is killed.
+    On Linux a server that the main thread started ends with this process, even where that is killed;
+    elsewhere, or started by another thread, it ends by ``stop`` alone.
 
     Args:
         model: checkpoint folder or name.
@@ -71,7 +74,7 @@ class ServerProcess:
                 env=self.env,
                 start_new_session=True,
                 # Of the thread that starts it: one that ends early would take the server along.
-                preexec_fn=end_with_parent if _in_main_thread() else None,
+                preexec_fn=partial(end_with, os.getpid()) if _in_main_thread() else None,
             )
         return self
 
@@ -145,8 +148,7 @@ class ServerProcess:
 
     def log_tail(self) -> str:
         """The last lines of the server's log."""
-        lines = self.log.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-LOG_TAIL_LINES:])
+        return log_tail(self.log)
 
     def stop(self) -> None:
         """End the server and all its processes; waits until they are gone."""
@@ -164,10 +166,19 @@ class ServerProcess:
         self.process = None
 
 
-def end_with_parent() -> None:
-    """In a child before its program starts: SIGTERM once the parent is gone, also if that is killed."""
+def end_with(parent: int) -> None:
+    """In a child before its program starts: SIGTERM once its parent is gone, even if that is killed.
+
+    Linux only; elsewhere it does nothing. A parent that ended before the kernel was asked sends no
+    signal any more: the child ends at once, with exit code 1.
+
+    Args:
+        parent: process id, taken before the fork.
+    """
     if sys.platform == "linux":
         _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _in_main_thread() -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vllm_duo.evaluate.suite_files import hash_suite
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Length = Annotated[int, Field(ge=16)]
@@ -86,13 +87,17 @@ class EvalSettings(BaseModel):
     def suites_job(self) -> dict[str, Any]:
         """What ``suites.run_suites`` asks lm-eval for.
 
-        ``files`` is there to tell jobs apart: the SHA-256 of the task files in ``suites_path``.
+        ``files`` is there to tell jobs apart: the SHA-256 of all files in ``suites_path`` and of those
+        that its tasks name elsewhere.
+
+        Raises:
+            ValueError: a task's file cannot be read.
         """
         return {
             "tasks": list(self.suites),
             "limit": self.suites_limit,
             "include_path": self.suites_path,
-            "files": None if self.suites_path is None else _hash_tasks(Path(self.suites_path)),
+            "files": None if self.suites_path is None else hash_suite(Path(self.suites_path)),
             "num_fewshot": self.suites_fewshot,
             "apply_chat_template": self.suites_chat or self.apply_chat_template,
             "seed": self.seed,
@@ -107,12 +112,3 @@ class EvalSettings(BaseModel):
             "recent_size": self.recent_size,
         }
         return {key: value for key, value in given.items() if value is not None}
-
-
-def _hash_tasks(folder: Path) -> str:
-    """Of all tasks in a folder and what they include: their YAML and Python files."""
-    found = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".yaml", ".yml", ".py") and file.is_file():
-            found.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-    return found.hexdigest()[:12]

@@ -65,15 +65,16 @@ def _summary(scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def check_suites(path: str | None) -> None:
+def check_suites(path: str | None, out: Path) -> None:
     """Refuse suites that no engine could be asked, before the first one starts.
 
     Args:
         path: folder with tasks of one's own; None: there is none.
+        out: folder that keeps the answers.
 
     Raises:
         RuntimeError: lm-eval is not installed.
-        ValueError: no such folder.
+        ValueError: no such folder, or the answers would be among its files.
     """
     if find_spec("lm_eval") is None:
         raise RuntimeError(NOT_INSTALLED)
@@ -82,6 +83,11 @@ def check_suites(path: str | None) -> None:
         raise ValueError(
             f"--suites-path {path}: expected a folder with tasks of lm-eval (*.yaml), found {found}: "
             "correct the path, or leave it out"
+        )
+    if path is not None and out.resolve().is_relative_to(Path(path).resolve()):
+        raise ValueError(
+            f"--out {out}: expected a folder outside --suites-path {path}, whose files are the tasks, "
+            "got one in it: answers there would read as other tasks; choose another"
         )
 
 

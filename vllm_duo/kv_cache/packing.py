@@ -38,34 +38,6 @@ EXCHANGES = 4_000
 """Exchanges of layers between bins that ``spread_ranks`` looks at."""
 
 
-def pack_bins(widths: Sequence[int], capacity: int) -> Bins:
-    """Pack layers into the fewest bins.
-
-    Args:
-        widths: width of each layer, in heads; layers of width 0 go to no bin.
-        capacity: widest allowed bin, in heads; at least the widest layer.
-
-    Raises:
-        ValueError: a layer is wider than the capacity.
-
-    Worked example: widths (10, 8, 6, 5, 3, 2) are 34 heads, two bins of 17: 10 + 5 + 2 and
-    8 + 6 + 3. First-fit decreasing makes three: 10 + 6, 8 + 5 + 3 and 2.
-    """
-    widest = max(widths, default=0)
-    if widest > capacity:
-        raise ValueError(
-            f"a layer is {widest} heads wide, a bin holds {capacity}: expected a capacity of at "
-            "least the widest layer; widen the block"
-        )
-    total = sum(widths)
-    num_bins = cdiv(total, capacity) if total else 0
-    while True:
-        bins = fit_bins(widths, capacity, num_bins)
-        if bins is not None:
-            return bins
-        num_bins += 1
-
-
 def narrowest_bins(widths: Sequence[int], num_bins: int) -> Bins:
     """Pack layers into at most ``num_bins`` bins so that the widest bin is as narrow as it can be.
 

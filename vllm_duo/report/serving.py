@@ -15,6 +15,9 @@ from vllm_duo.report.serve_results import PointResults, ServeResults, SideAtPoin
 
 STYLES = ("full", "duo", "duo second", "duo third")
 LATENCIES = (("ttft_ms", "time to first token"), ("tpot_ms", "time per output token"))
+OPEN_LOOP, CLOSED_LOOP = "open loop", "closed loop"
+CURVES = "{what}, {loop}: median {latency} (ms) over output tokens/s"
+"""Title of a curve, of a latency's words in ``LATENCIES``."""
 COLUMNS = (
     "load",
     "side",
@@ -96,14 +99,14 @@ def _capacity(results: ServeResults) -> Iterator[Block]:
 
 def _curves(what: str, points: Sequence[PointResults]) -> Iterator[Block]:
     """Latency over throughput; open and closed loops are different curves."""
-    for loop, name in (("rate", "open loop"), ("concurrency", "closed loop")):
+    for loop, name in (("rate", OPEN_LOOP), ("concurrency", CLOSED_LOOP)):
         chosen = [point for point in points if getattr(point, loop) is not None]
         sides = list(dict.fromkeys(side.side for point in chosen for side in point.sides))
         if len(chosen) < 2:
             continue
         chosen.sort(key=lambda point: float(getattr(point, loop)))
         for latency, words in LATENCIES:
-            title = f"{what}, {name}: median {words} (ms) over output tokens/s"
+            title = CURVES.format(what=what, loop=name, latency=words)
             yield Block(
                 title=title,
                 chart=curve_chart(

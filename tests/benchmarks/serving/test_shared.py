@@ -16,7 +16,7 @@ from vllm_duo.report.serve_results import Run, ServeResults
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-NEEDLE = Path(__file__).resolve().parents[2] / "models" / "needle"
+NEEDLE = Path(__file__).resolve().parents[3] / "models" / "needle"
 BLOCK = 128  # vLLM's on CPUs: hits come in whole blocks
 TURN_REQUESTS, IN_FLIGHT, PASSKEYS = 8, 2, 2
 MULTI_TURN, DOCUMENTS = "multi-turn", "documents"

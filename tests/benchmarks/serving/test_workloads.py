@@ -20,7 +20,7 @@ from benchmarks.serving.workloads import (
 )
 from vllm_duo.evaluate.passkey import first_number
 
-NEEDLE = str(Path(__file__).resolve().parents[2] / "models" / "needle")
+NEEDLE = str(Path(__file__).resolve().parents[3] / "models" / "needle")
 TEXTS = Texts(NEEDLE)
 
 

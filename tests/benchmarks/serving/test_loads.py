@@ -16,13 +16,12 @@ import pytest
 from benchmarks import serve
 from benchmarks.serving.workloads import read_requests
 from vllm_duo.evaluate.passkey import first_number, make_sentence
-from vllm_duo.report.load import load_results
-from vllm_duo.report.render import render
 from vllm_duo.report.serve_results import Run, ServeResults
+from vllm_duo.report.serving import CURVES, LATENCIES, OPEN_LOOP, blocks
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NEEDLE = ROOT / "models" / "needle"
 REQUESTS, KEYS = 8, 2
 BLOCKS = 21
@@ -113,7 +112,23 @@ def test_the_rest_is_measured_when_it_goes_on(folder):
         for workload in ("random", "documents")
         for load in ("rate20", "closed6")
     ]
-    assert "random, 640 + 140 tokens, open loop" not in render(load_results([folder]))  # one rate
+
+
+def test_one_rate_makes_no_curve_and_two_do(folder):
+    results = ServeResults.model_validate_json((folder / "results.json").read_text())
+    curves = [
+        CURVES.format(what=f"{workload}, 640 + 140 tokens", loop=OPEN_LOOP, latency=words)
+        for workload in ("random", "documents")
+        for _, words in LATENCIES
+    ]
+    assert not {block.title for block in blocks(results)} & set(curves)
+    faster = []
+    for point in results.points:
+        faster.append(point)
+        if point.rate is not None:
+            faster.append(point.model_copy(update={"rate": 2 * point.rate}))
+    titles = [block.title for block in blocks(results.model_copy(update={"points": faster}))]
+    assert [title for title in titles if title in curves] == curves
 
 
 def test_a_pool_that_is_too_small_preempts_and_answers_all_the_same(folder):
@@ -121,13 +136,11 @@ def test_a_pool_that_is_too_small_preempts_and_answers_all_the_same(folder):
         assert run.requests == REQUESTS + KEYS
         assert run.output_tokens == REQUESTS * 140 + KEYS * 12
         assert run.passkeys_right == run.passkeys_asked == KEYS
-        assert 0 <= run.server.peak_kv_share <= 1
     for side in ("stock", "duo-0.5"):
         counts = [run.server for run in runs_of(folder) if run.side == side]
+        # A counter, so exact. The peaks are of gauges that are sampled four times a second: a run of a
+        # few seconds may hide them, down to the idle server's 0, so no bound must hold for them.
         assert sum(count.preemptions for count in counts) > 0
-        # Sampled: on a busy machine a run of a few seconds may hide its peaks.
-        assert max(count.peak_kv_share for count in counts) > 0.5
-        assert max(count.peak_waiting for count in counts) > 0
 
 
 def test_documents_are_asked_in_the_files_own_words(folder, documents):

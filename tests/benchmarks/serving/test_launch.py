@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.serving.launch import ForkLauncher
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FAKE = """
 import os, sys, time
 sys.path.insert(0, {root!r})
