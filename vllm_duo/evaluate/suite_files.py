@@ -95,6 +95,7 @@ def _read(file: Path) -> dict[str, Any]:
     """A task's or a group's settings; tags such as ``!function`` stand for nothing here."""
     import yaml
 
+    # A class of its own: what is added to PyYAML's would hold for all of this process.
     Loader: Any = type("Loader", (yaml.SafeLoader,), {})
     Loader.add_multi_constructor("!", lambda *_: None)
     try:
