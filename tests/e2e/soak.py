@@ -52,7 +52,7 @@ class Question:
     @property
     def max_tokens(self) -> int:
         """A client that goes reads more slowly than a server writes: much must be left by then."""
-        return {"talker": 160, "gone in answer": 600, "gone in prompt": 160}.get(self.kind, 12)
+        return {"talker": 160, "gone in answer": 1500, "gone in prompt": 600}.get(self.kind, 12)
 
 
 @dataclass
