@@ -245,17 +245,22 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...; default: 3")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--policies", action="store_true", help="compare policies instead")
-    instead.add_argument(
-        "--eagle-head", action="store_true", help="compare what is kept for one instead"
-    )
+    for flag, compare, what in (
+        ("--policies", compare_policies, "policies"),
+        ("--eagle-head", compare_kept_of_answer, "what is kept for one"),
+    ):
+        instead.add_argument(
+            flag,
+            dest="compare",
+            action="store_const",
+            const=compare,
+            help=f"compare {what} instead",
+        )
+    parser.set_defaults(compare=compare_kinds)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
     console = Console(width=130)
-    run = compare_policies if given.policies else compare_kinds
-    if given.eagle_head:
-        run = compare_kept_of_answer
-    rows = run(range(given.seeds), console)
+    rows = given.compare(range(given.seeds), console)
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"provenance": provenance(), "rows": rows}

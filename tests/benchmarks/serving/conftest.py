@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import serve
-from tests.benchmarks.serving.fake_run import FAKE, FLAGS, NEEDLE
+from tests.benchmarks.serving.fake_run import FAKE, FLAGS
+from tests.benchmarks.serving.runs import NEEDLE
 
 
 @pytest.fixture

@@ -5,14 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vllm_duo.report.serve_results import ServeResults
-
-NEEDLE = Path(__file__).resolve().parents[3] / "models" / "needle"
 FAKE = [sys.executable, str(Path(__file__).with_name("fake_vllm.py"))]
 FLAGS = (
     "--lengths 128 --output-tokens 4 --requests 4 --concurrencies 2 --rounds 2 --passkey-share 0.5"
 )
-
-
-def results_of(folder) -> ServeResults:
-    return ServeResults.model_validate_json((folder / "results.json").read_text())

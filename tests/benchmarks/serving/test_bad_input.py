@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from tests.benchmarks.serving.fake_run import NEEDLE
+from tests.benchmarks.serving.runs import NEEDLE
 
 
 class TestBadInput:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from benchmarks.serving import api, client, servers
-from tests.benchmarks.serving.fake_run import FAKE, FLAGS, NEEDLE, results_of
+from tests.benchmarks.serving.fake_run import FAKE, FLAGS
+from tests.benchmarks.serving.runs import NEEDLE, results_of
 
 
 def is_alive(process: psutil.Process) -> bool:

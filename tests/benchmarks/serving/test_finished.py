@@ -7,7 +7,8 @@ import json
 import pytest
 
 from benchmarks import serve
-from tests.benchmarks.serving.fake_run import FAKE, FLAGS, NEEDLE, results_of
+from tests.benchmarks.serving.fake_run import FAKE, FLAGS
+from tests.benchmarks.serving.runs import NEEDLE, results_of
 from vllm_duo.report.load import load_results
 from vllm_duo.report.render import render
 

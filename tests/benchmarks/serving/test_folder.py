@@ -10,7 +10,7 @@ import pytest
 from benchmarks.serving.folder import RunFolder
 from benchmarks.serving.presets import PRESETS, two_core
 from benchmarks.serving.settings import Point, Settings
-from tests.benchmarks.serving.fake_run import NEEDLE
+from tests.benchmarks.serving.runs import NEEDLE
 
 
 @pytest.fixture

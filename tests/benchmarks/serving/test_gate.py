@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.serving.fake_run import results_of
+from tests.benchmarks.serving.runs import results_of
 from vllm_duo.report.load import load_results
 from vllm_duo.report.render import render
 

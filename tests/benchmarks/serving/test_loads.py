@@ -8,21 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from random import Random
 
 import psutil
 import pytest
 
 from benchmarks import serve
 from benchmarks.serving.workloads import read_requests
-from vllm_duo.evaluate.passkey import first_number, make_sentence
+from tests.benchmarks.serving.runs import NEEDLE, write_documents
+from vllm_duo.evaluate.passkey import first_number
 from vllm_duo.report.serve_results import Run, ServeResults
 from vllm_duo.report.serving import CURVES, LATENCIES, OPEN_LOOP, blocks
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parents[3]
-NEEDLE = ROOT / "models" / "needle"
 REQUESTS, KEYS = 8, 2
 BLOCKS = 21
 """One is vLLM's own. Three requests of 640 tokens need 21 others for their answers, with duo 24."""
@@ -36,11 +35,7 @@ SERVER = f"--dtype float32 --max-model-len 1024 --num-gpu-blocks-override {BLOCK
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("documents")
-    for name in ("a.txt", "b.md"):
-        rng = Random(name)
-        (folder / name).write_text(" ".join(make_sentence(rng) for _ in range(300)))
-    return folder
+    return write_documents(tmp_path_factory.mktemp("documents"), 300)
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
 
 from benchmarks import serve
 from benchmarks.serving.prompts import Texts
 from benchmarks.serving.workloads import read_requests
+from tests.benchmarks.serving.runs import NEEDLE, results_of, write_documents
 from vllm_duo.report.load import load_results
 from vllm_duo.report.render import render
-from vllm_duo.report.serve_results import Run, ServeResults
+from vllm_duo.report.serve_results import Run
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-NEEDLE = Path(__file__).resolve().parents[3] / "models" / "needle"
 BLOCK = 128  # vLLM's on CPUs: hits come in whole blocks
 TURN_REQUESTS, IN_FLIGHT, PASSKEYS = 8, 2, 2
 MULTI_TURN, DOCUMENTS = "multi-turn", "documents"
@@ -24,16 +23,7 @@ MULTI_TURN, DOCUMENTS = "multi-turn", "documents"
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """A folder of texts in words that the model knows."""
-    from random import Random
-
-    from vllm_duo.evaluate.passkey import make_sentence
-
-    folder = tmp_path_factory.mktemp("documents")
-    for name in ("a.txt", "b.md"):
-        rng = Random(name)
-        (folder / name).write_text(" ".join(make_sentence(rng) for _ in range(250)))
-    return folder
+    return write_documents(tmp_path_factory.mktemp("documents"), 250)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +40,6 @@ def folder(tmp_path_factory, documents):
     ]
     assert serve.main([str(NEEDLE), *flags, "--out", str(folder)]) == 0
     return folder
-
-
-def results_of(folder) -> ServeResults:
-    return ServeResults.model_validate_json((folder / "results.json").read_text())
 
 
 def runs_of(folder, workload, side) -> list[Run]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.benchmarks.serving.fake_run import NEEDLE, results_of
+from tests.benchmarks.serving.runs import NEEDLE, results_of
 
 
 class TestPromptsThatBeginAlike:
