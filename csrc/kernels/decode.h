@@ -119,10 +119,15 @@ DUO_INLINE void score_tile(const float* query, HeadChunks chunks, const T* const
     }
 }
 
+// Weight of row r and key k: score[r * Row + k * Key].
+template <int Row, int Key>
+struct WeightStrides {};
+using RowByRow = WeightStrides<TILE, 1>;
+
 // values[r] += score[r] * value, R rows and C chunks of the head.
-template <typename T, int R, int C, bool Half, bool Ahead>
-DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhead& ahead, int chunk,
-                             float* values, int64_t padded) {
+template <typename T, int R, int C, bool Half, bool Ahead, int Row, int Key, typename Reads>
+DUO_INLINE void apply_chunks(WeightStrides<Row, Key>, const float* score, const T* const* value,
+                             Reads& ahead, int chunk, float* values, int64_t padded) {
     Vec total[R][2 * C];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -138,11 +143,11 @@ DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhea
         for (int c = 0; c < C; ++c) {
             const T* at = value[k] + (chunk + c) * CHUNK_OF<T>;
             x[c] = Half ? load_half_chunk(at) : load_chunk(at);
-            if (Ahead) ahead.chunk<T>(C == 1 ? 0 : c);
+            if (Ahead) ahead.template chunk<T>(C == 1 ? 0 : c);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Vec weight = broadcast(score[r * TILE + k]);
+            const Vec weight = broadcast(score[r * Row + k * Key]);
 #pragma GCC unroll 16
             for (int c = 0; c < C; ++c) {
                 total[r][2 * c] += weight * x[c].a;
@@ -159,8 +164,8 @@ DUO_INLINE void apply_chunks(const float* score, const T* const* value, ReadAhea
     }
 }
 
-template <typename T, int R, bool Ahead>
-DUO_INLINE void apply_tile(const float* score, const T* const* value, ReadAhead& ahead,
+template <typename T, int R, bool Ahead, typename Strides, typename Reads>
+DUO_INLINE void apply_tile(Strides strides, const float* score, const T* const* value, Reads& ahead,
                            HeadChunks chunks, float* values) {
     constexpr int C = 4 / R;
     constexpr int chunk_bytes = CHUNK_OF<T> * static_cast<int>(sizeof(T));
@@ -169,16 +174,16 @@ DUO_INLINE void apply_tile(const float* score, const T* const* value, ReadAhead&
     for (; c + C <= chunks.full; c += C) {
         // Where several steps share a line, one of them asks for it.
         if (!Ahead || (C * chunk_bytes < 64 && c * chunk_bytes % 64)) {
-            apply_chunks<T, R, C, false, false>(score, value, ahead, c, values, padded);
+            apply_chunks<T, R, C, false, false>(strides, score, value, ahead, c, values, padded);
         } else {
-            apply_chunks<T, R, C, false, true>(score, value, ahead, c, values, padded);
+            apply_chunks<T, R, C, false, true>(strides, score, value, ahead, c, values, padded);
         }
     }
     for (; C > 1 && c < chunks.full; ++c) {
-        apply_chunks<T, R, 1, false, Ahead>(score, value, ahead, c, values, padded);
+        apply_chunks<T, R, 1, false, Ahead>(strides, score, value, ahead, c, values, padded);
     }
     if (HAS_HALF_CHUNKS && chunks.half) {
-        apply_chunks<T, R, 1, true, Ahead>(score, value, ahead, c, values, padded);
+        apply_chunks<T, R, 1, true, Ahead>(strides, score, value, ahead, c, values, padded);
     }
 }
 
@@ -328,9 +333,9 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
             const float* score = rows.score + r * TILE;
             float* values = rows.values + r * padded;
             if (r == 0) {
-                apply_tile<T, R, true>(score, tile.value, ahead, rows.chunks, values);
+                apply_tile<T, R, true>(RowByRow{}, score, tile.value, ahead, rows.chunks, values);
             } else {
-                apply_tile<T, R, false>(score, tile.value, ahead, rows.chunks, values);
+                apply_tile<T, R, false>(RowByRow{}, score, tile.value, ahead, rows.chunks, values);
             }
         });
     }

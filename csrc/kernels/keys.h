@@ -13,6 +13,7 @@ struct KeyBlock {
     const T* value[Size];
     int64_t position[Size];
     int count;
+    int runs;
 
     // The first `keys` of a run, the first at position `begin`, go to the places from `place` on.
     DUO_INLINE void put(int place, const KeyRun& run, int64_t begin, int keys) {
@@ -79,7 +80,9 @@ class KeyWalk {
     template <typename T, int Size>
     void fill(KeyBlock<T, Size>& block) {
         int n = 0;
+        block.runs = 0;
         while (n < Size && next_run()) {
+            ++block.runs;
             const int64_t room = Size - n;
             const int count = static_cast<int>(run_.count < room ? run_.count : room);
             block.put(n, run_, at_, count);

@@ -11,28 +11,50 @@ constexpr int TILE_SIDE = 16;
 constexpr int TILE_WORDS = TILE_SIDE * TILE_SIDE;
 constexpr int64_t TILE_ROW_BYTES = TILE_SIDE * sizeof(uint32_t);
 
+struct TileShape {
+    int rows = TILE_SIDE;
+    int words = TILE_SIDE;  // of a row
+};
+
+// What the registers are configured with, as the processor reads it.
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    constexpr void set(int tile, TileShape shape) {
+        row_bytes[tile] = static_cast<uint16_t>(shape.words * sizeof(uint32_t));
+        rows[tile] = static_cast<uint8_t>(shape.rows);
+    }
+};
+
+constexpr TileConfig whole_tiles() {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) config.set(i, {});
+    return config;
+}
+constexpr TileConfig WHOLE_TILES = whole_tiles();
+
 // The registers of this thread while it lives. They are given back at the end: whoever else uses
-// them wants his own shapes, and the operating system would have to save them.
+// them wants his own shapes, and the operating system would have to save them. Configuring them
+// takes as long as scoring some forty keys, so that those who follow each other on one thread may
+// keep them.
 class Tiles {
   public:
     Tiles(const Tiles&) = delete;
     Tiles& operator=(const Tiles&) = delete;
 
+    DUO_INLINE Tiles() : Tiles(WHOLE_TILES, false, false) {}
+
 #if defined(__AMX_BF16__)
-    DUO_INLINE Tiles() {
-        struct alignas(64) {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {};
-            uint8_t rows[16] = {};
-        } config;
-        for (int i = 0; i < 8; ++i) {
-            config.row_bytes[i] = TILE_ROW_BYTES;
-            config.rows[i] = TILE_SIDE;
-        }
-        __asm__ volatile("ldtilecfg %0" ::"m"(config));
+    // `configured`: this thread's last ones had this very configuration, and `keep`.
+    DUO_INLINE Tiles(const TileConfig& config, bool configured, bool keep) : keep_(keep) {
+        if (!configured) __asm__ volatile("ldtilecfg %0" ::"m"(config));
     }
 
-    DUO_INLINE ~Tiles() { __asm__ volatile("tilerelease"); }
+    DUO_INLINE ~Tiles() {
+        if (!keep_) __asm__ volatile("tilerelease");
+    }
 
     // Written out: the compiler's own ones take literal numbers alone, and do not tell it that they
     // read memory.
@@ -58,26 +80,32 @@ class Tiles {
     DUO_INLINE void multiply() {
         __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
     }
+
+  private:
+    const bool keep_;
 #else
-    Tiles() = default;
+    Tiles(const TileConfig& config, bool, bool) : config_(config) {}
 
     template <int I>
     void zero() {
         std::memset(words_[I], 0, sizeof(words_[I]));
     }
 
+    // What a shape leaves out is 0.
     template <int I>
     void load(const void* from, int64_t stride_bytes) {
-        for (int r = 0; r < TILE_SIDE; ++r) {
+        zero<I>();
+        for (int r = 0; r < config_.rows[I]; ++r) {
             std::memcpy(words_[I][r], static_cast<const char*>(from) + r * stride_bytes,
-                        TILE_ROW_BYTES);
+                        config_.row_bytes[I]);
         }
     }
 
     template <int I>
     void store(void* to, int64_t stride_bytes) {
-        for (int r = 0; r < TILE_SIDE; ++r) {
-            std::memcpy(static_cast<char*>(to) + r * stride_bytes, words_[I][r], TILE_ROW_BYTES);
+        for (int r = 0; r < config_.rows[I]; ++r) {
+            std::memcpy(static_cast<char*>(to) + r * stride_bytes, words_[I][r],
+                        config_.row_bytes[I]);
         }
     }
 
@@ -94,6 +122,7 @@ class Tiles {
     }
 
   private:
+    const TileConfig config_;
     uint32_t words_[8][TILE_SIDE][TILE_SIDE];
 #endif
 };

@@ -142,6 +142,55 @@ DUO_INLINE void transpose_runs(Vec* v) {
     }
 }
 
+// Lane i becomes lane (i + S) % LANES.
+template <int S, int... I>
+DUO_INLINE Vec rotate_lanes(Vec v, Indices<I...>) {
+    return __builtin_shufflevector(v, v, ((I + S) % LANES)...);
+}
+
+// Of all lanes whose number leaves the same rest by R: their sum, in each of them.
+template <int R>
+DUO_INLINE Vec sum_of_rest(Vec v) {
+    if constexpr (R < LANES) v = sum_of_rest<2 * R>(v + rotate_lanes<R>(v, Lanes{}));
+    return v;
+}
+
+// Likewise their maximum.
+template <int R>
+DUO_INLINE Vec max_of_rest(Vec v) {
+    if constexpr (R < LANES) v = max_of_rest<2 * R>(max(v, rotate_lanes<R>(v, Lanes{})));
+    return v;
+}
+
+// Lanes of `a` and `b` in turns, from lane `First` of both on.
+template <int First, int... I>
+DUO_INLINE Vec in_turns(Vec a, Vec b, Indices<I...>) {
+    return __builtin_shufflevector(a, b, (I / 2 + First + (I % 2 ? LANES : 0))...);
+}
+
+// R rows of LANES become LANES columns of R, column by column: [R, LANES] to [LANES, R].
+template <int R>
+DUO_INLINE void rows_to_columns(const Vec* rows, Vec* columns) {
+    if constexpr (R == 1) {
+        columns[0] = rows[0];
+    } else {
+        constexpr int half = R / 2;
+        Vec even_rows[half], odd_rows[half], even[half], odd[half];
+#pragma GCC unroll 16
+        for (int i = 0; i < half; ++i) {
+            even_rows[i] = rows[2 * i];
+            odd_rows[i] = rows[2 * i + 1];
+        }
+        rows_to_columns<half>(even_rows, even);
+        rows_to_columns<half>(odd_rows, odd);
+#pragma GCC unroll 16
+        for (int i = 0; i < half; ++i) {
+            columns[2 * i] = in_turns<0>(even[i], odd[i], Lanes{});
+            columns[2 * i + 1] = in_turns<LANES / 2>(even[i], odd[i], Lanes{});
+        }
+    }
+}
+
 DUO_INLINE float sum(Vec v) {
     float total = 0;
 #pragma GCC unroll 16

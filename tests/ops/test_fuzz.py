@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,28 @@ def test_long_requests_are_split_and_merged(dtype):
     sequences = make_sequences([1700, 1100], 2, 3, 64, dtype, seed=31)
     serve(store, sequences, lambda left: min(left, 1 if left <= 10 else min(left - 10, 650)), 0.125)
     assert_rule_holds(sequences, [True, False], 20, 700, 0.125)
+    store.assert_guards()
+
+
+@pytest.mark.parametrize("head_size", [32, 96, 128])
+def test_decodes_of_several_lengths_follow_each_other(head_size):
+    """Items with other numbers of rows on one thread, which may set registers up for the last one's."""
+    mask, scale = [True, False, True], head_size**-0.5
+    store = Store(
+        mask, head_size, requests=6, max_tokens=300, draft_size=7, dtype=torch.bfloat16, seed=34
+    )
+    sequences = make_sequences(
+        [300, 299, 270, 255, 201, 190], 3, 2, head_size, torch.bfloat16, seed=35
+    )
+    random = Random(36)
+    serve(
+        store,
+        sequences,
+        lambda left: min(left, 150 if left > 150 else random.randint(1, 8)),
+        scale,
+        decode_up_to=8,
+    )
+    assert_rule_holds(sequences, mask, 20, 75, scale)
     store.assert_guards()
 
 

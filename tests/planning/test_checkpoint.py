@@ -131,12 +131,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             read_checkpoint(model(text))
 
-    @pytest.mark.parametrize("value", ["32", 0, -1, 1.5, True])
-    def test_figure(self, model, value):
-        config = config_json("LlamaForCausalLM", "llama", num_hidden_layers=value)
-        with pytest.raises(
-            ValueError, match=r"num_hidden_layers or .*, a whole number from 1, got"
-        ):
+    @pytest.mark.parametrize("value", ["32", 0, -1, 1.5, True, 10_001, 2**32, 2**63])
+    @pytest.mark.parametrize("key", ["num_hidden_layers", "num_key_value_heads"])
+    def test_figure(self, model, key, value):
+        """A figure that lists are made of has a bound: 2**32 layers took all of a machine's memory."""
+        config = config_json("LlamaForCausalLM", "llama") | {key: value}
+        with pytest.raises(ValueError, match=rf"{key} or .*, a whole number from 1 to 10,000, got"):
             read_checkpoint(model(config))
 
 

@@ -62,6 +62,9 @@ NAMES = {
 }
 """Names under which model types keep the same figure, the first found counts."""
 
+MOST = {"num_hidden_layers": 10_000, "num_attention_heads": 10_000, "num_key_value_heads": 10_000}
+"""What lists are made of: a typing error must not take all memory. Models have at most hundreds."""
+
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 OTHER_LAYER_KEYS = (
     *("mamba_d_state", "ssm_state_size", "state_size", "attn_layer_period", "linear_attn_config"),
@@ -291,9 +294,12 @@ class _Reader:
         value = self.text[names[0]] if names else known.get(key, default)
         value = default if value is None else value
         least = 0 if default == 0 else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        most = MOST.get(key, float("inf"))
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         expected = f"{' or '.join(NAMES[key])}, a whole number from 1"
+        if key in MOST:
+            expected += f" to {MOST[key]:,}"
         got = repr(self.text[names[0]]) if names else "no such key"
         raise ValueError(
             f"{self.file}: expected {expected}, got {got}: correct the file, or name the folder of "
