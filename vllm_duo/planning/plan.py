@@ -52,6 +52,7 @@ class PlanRequest:
         num_speculative_tokens: drafts of a step, of vLLM's ``--speculative-config``; 0 without.
         draft_model: folder or Hugging Face id of the model that drafts, if one does.
         lengths: requests to list, in tokens; none: doubles up to ``max_model_len``.
+        language_model_only: vLLM's flag: a multimodal model serves its text alone.
     """
 
     model: str
@@ -66,6 +67,7 @@ class PlanRequest:
     num_speculative_tokens: int = 0
     draft_model: str | None = None
     lengths: Sequence[int] = ()
+    language_model_only: bool = False
 
 
 def plan_memory(request: PlanRequest) -> Plan:
@@ -78,6 +80,8 @@ def plan_memory(request: PlanRequest) -> Plan:
     _check(request)
     checkpoint = read_checkpoint(request.model)
     facts = checkpoint.facts
+    if request.language_model_only:
+        facts = replace(facts, multimodal=None)
     refuse(list(model_refusals(facts)))
     # As the server, which cannot know yet what "auto" will come to.
     longest = _model_length(request, checkpoint)
