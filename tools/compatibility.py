@@ -60,6 +60,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "Qwen2-VL": "images; `qwen2_vl`",
         "Qwen2.5-VL": "images; `qwen2_5_vl`",
         "Mistral 3": "images; `mistral3`",
+        "image embeddings as input": "`--enable-mm-embeds`, LLaVA",
         "the text of a multimodal model alone": "`--language-model-only`; Gemma 3 and Qwen2-VL",
         "video input": "needs torchvision, which is not in the tests' environment",
         "images whose tokens see later ones": "as in Gemma 3 and PaliGemma",

@@ -108,12 +108,12 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
 def _multimodal_refusals(model_type: str, sees_both_ways: bool) -> Iterator[str]:
     if sees_both_ways:
         yield (
-            f"multimodal input of the model type {model_type}: the tokens of an image attend to later "
-            f"ones, and duo's attention is causal; {TEXT_ALONE}"
+            f"images whose tokens attend to later ones (model type {model_type}): duo's attention is "
+            f"causal; {TEXT_ALONE}"
         )
     elif model_type not in MULTIMODAL:
         yield (
-            f"multimodal input of the model type {model_type}: not tested, expected one of "
+            f"multimodal input (model type {model_type}): not tested, expected one of "
             f"{', '.join(MULTIMODAL)}; {TEXT_ALONE}"
         )
 

@@ -56,18 +56,19 @@ class Asked:
     cached: int
 
 
-def request_of(family: str, asked: Prompt) -> dict:
-    """As vLLM's ``generate`` takes it."""
+def request_of(family: str, asked: Prompt, embeddings=None) -> dict:
+    """As vLLM's ``generate`` takes it; with embeddings in place of the pictures, if they are given."""
     request: dict = {"prompt_token_ids": asked.token_ids(family)}
     if asked.pictures:
-        request["multi_modal_data"] = {"image": asked.pictures}
+        images = asked.pictures if embeddings is None else embeddings
+        request["multi_modal_data"] = {"image": images}
     return request
 
 
-def ask(running, family: str, prompts, max_tokens: int) -> list[Asked]:
-    """Greedy answers of all prompts, sent together."""
+def ask(running, family: str, prompts, max_tokens: int, embeddings=None) -> list[Asked]:
+    """Greedy answers of all prompts, sent together; ``embeddings`` are those of every prompt."""
     outputs = running.llm.generate(
-        [request_of(family, each) for each in prompts],
+        [request_of(family, each, embeddings) for each in prompts],
         running.sampling(max_tokens),
         use_tqdm=False,
     )
@@ -111,6 +112,12 @@ class PictureOracle(Oracle):
         if asked.pictures:
             self.inputs = dict(self.processor(asked.pictures, return_tensors="pt"))
         return self
+
+    @torch.inference_mode()
+    def embeddings(self, asked: Prompt) -> torch.Tensor:
+        """[pictures, tokens, hidden] what the decoder is to see of the prompt's pictures."""
+        features = self.of(asked).model.model.get_image_features(**self.inputs)
+        return torch.stack(list(features.pooler_output))
 
     def logits(self, token_ids):
         ids = torch.tensor([list(token_ids)])

@@ -131,6 +131,30 @@ def branches_of(running, family):
     return asked
 
 
+@pytest.mark.slow
+@pytest.mark.feature("image embeddings as input")
+def test_embeddings_in_place_of_pictures(vision_model, pattern_of):
+    """They are hashed by their numbers: others are not hit, the same ones are."""
+    family, (head, tail) = "llava", (words(100, 40), words(50, 41))
+    model = vision_model(family)
+    oracle = PictureOracle(model, mask_of("mixed", KV_HEADS), SINK, RECENT)
+    asks = [prompt(head, Picture(seed), tail) for seed in (1, 2, 1)]
+    with engine(
+        model,
+        pattern_of("mixed"),
+        sink_size=SINK,
+        recent_size=RECENT,
+        max_num_batched_tokens=100,
+        limit_mm_per_prompt=limits_of(family),
+        skip_tokenizer_init=False,
+        enable_prefix_caching=True,
+        enable_mm_embeds=True,
+    ) as running:
+        asked = [ask(running, family, [each], ANSWER, oracle.embeddings(each))[0] for each in asks]
+    assert [each.cached for each in asked] == [0, 0, 336]
+    assert_oracles(oracle, asked, ANSWER)
+
+
 @by_family(QUICK[:1])
 @pytest.mark.feature("every head a retrieval head")
 def test_all_retrieval_equals_stock_vllm(family, vision_model, pattern_of):

@@ -64,6 +64,6 @@ def test_others_are_refused():
     config = transformers.Idefics3Config()
     (reason,) = config_reasons(config)
     assert reason == (
-        "multimodal input of the model type idefics3: not tested, expected one of "
+        "multimodal input (model type idefics3): not tested, expected one of "
         f"{', '.join(TEXT_TESTED)}"
     )

@@ -48,12 +48,12 @@ REFUSED_MODELS = {
     ),
     "images whose tokens see later ones": (
         PALIGEMMA,
-        "multimodal input of the model type paligemma: the tokens of an image attend to later ones, "
-        "and duo's attention is causal; --language-model-only serves its text alone",
+        "images whose tokens attend to later ones (model type paligemma): duo's attention is causal; "
+        "--language-model-only serves its text alone",
     ),
     "other multimodal models": (
         IDEFICS_3,
-        "multimodal input of the model type idefics3: not tested, expected one of llava, mistral3, "
+        "multimodal input (model type idefics3): not tested, expected one of llava, mistral3, "
         "qwen2_vl, qwen2_5_vl; --language-model-only serves its text alone",
     ),
     "Mamba and linear-attention layers": (

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.models.vision_models import make_vision_model
 from tests.server.configs import (
     GEMMA_3_IMAGES,
     IDEFICS_3,
@@ -28,7 +32,7 @@ def test_the_pattern_is_of_the_decoder(serve, config):
 @pytest.mark.refused("images whose tokens see later ones")
 def test_gemma_3_with_images(serve):
     (reason,) = reasons_of(serve, GEMMA_3_IMAGES)
-    assert reason.startswith("multimodal input of the model type gemma3: the tokens of an image")
+    assert reason.startswith("images whose tokens attend to later ones (model type gemma3): duo's")
 
 
 @pytest.mark.parametrize(
@@ -52,8 +56,15 @@ def test_layers_that_draft(serve, tmp_path, method):
 
 
 @pytest.mark.refused("multimodal models in vLLM's Transformers backend")
-def test_transformers_backend(serve):
-    (reason,) = reasons_of(serve, LLAVA, model_impl="transformers")
-    assert reason.startswith(
-        "multimodal input of the model type llava in vLLM's Transformers backend: not tested, expected"
+def test_transformers_backend(tmp_path):
+    """There vLLM asks the processor which kinds of input there are, so it must be in the folder."""
+    folder = make_vision_model("llava", tmp_path)
+    server = EngineArgs(
+        model=str(folder),
+        model_impl="transformers",
+        attention_backend="duo",
+        dtype="float32",
     )
+    reason = "multimodal input (model type llava in vLLM's Transformers backend): not tested"
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        server.create_engine_config()

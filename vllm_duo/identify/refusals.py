@@ -49,7 +49,7 @@ def config_reasons(config: Any) -> Iterator[str]:
         getattr(whole, "vision_config", None) or getattr(whole, "audio_config", None)
     ) and whole.model_type not in TEXT_TESTED:
         yield (
-            f"multimodal input of the model type {whole.model_type}: not tested, expected one of "
+            f"multimodal input (model type {whole.model_type}): not tested, expected one of "
             f"{', '.join(TEXT_TESTED)}"
         )
         return
