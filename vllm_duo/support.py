@@ -129,7 +129,7 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         is_not_causal=model.rswa_window is not None or model.is_diffusion,
         has_noops=model.has_noops,
         kv_cache_scheme=scheme,
-        has_learned_sinks=model.hf_config.model_type == "gpt_oss",
+        has_learned_sinks=setting("model_type") == "gpt_oss",
         shares_caches=bool(setting("num_kv_shared_layers")),
     )
 
