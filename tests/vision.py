@@ -27,7 +27,8 @@ def _stand_in():
     """An empty torchvision that can be imported from, and that transformers holds to be absent."""
     from transformers.utils.import_utils import is_torchvision_available
 
-    assert not is_torchvision_available()  # asked once, then remembered
+    # Asked once, then remembered.
+    assert not is_torchvision_available(), "these tests are for the environment of `make setup`"
     parts = ["torchvision", "transforms", "v2", "functional"]
     names = [".".join(parts[: end + 1]) for end in range(len(parts))]
     modules = [ModuleType(name) for name in names]

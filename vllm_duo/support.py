@@ -240,11 +240,6 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     if method in DRAFTS_OF_TOKENS:
         return
     if method in DRAFTS_OF_LAYERS:
-        if vllm_config.model_config.supports_multimodal_inputs:
-            yield (
-                f"what drafts: not tested with multimodal input; use {DRAFTS_OF_TOKENS[0]} or "
-                "--language-model-only"
-            )
         yield from _draft_model(vllm_config)
         return
     yield (
@@ -253,8 +248,13 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     )
 
 
-def draft_model_refusals(stages: int, cache_dtype: str) -> Iterator[str]:
-    """Why no draft model runs in so many pipeline stages or with such a cache, if so."""
+def draft_model_refusals(stages: int, cache_dtype: str, multimodal: bool) -> Iterator[str]:
+    """Why no draft model runs in so many pipeline stages, with such a cache or such input, if so."""
+    if multimodal:
+        yield (
+            f"what drafts: not tested with multimodal input; use {DRAFTS_OF_TOKENS[0]} or "
+            "--language-model-only"
+        )
     if stages > 1:
         yield (
             f"what drafts: --pipeline-parallel-size {stages} is not tested with one; use "
@@ -273,7 +273,9 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     parallel = vllm_config.parallel_config
     ranks, own = parallel.tensor_parallel_size, speculation.draft_tensor_parallel_size
     yield from draft_model_refusals(
-        parallel.pipeline_parallel_size, vllm_config.cache_config.cache_dtype
+        parallel.pipeline_parallel_size,
+        vllm_config.cache_config.cache_dtype,
+        vllm_config.model_config.supports_multimodal_inputs,
     )
     yield from draft_refusals(facts_of(speculation.draft_model_config), ranks)
     if own not in (None, ranks):

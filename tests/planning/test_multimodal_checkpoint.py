@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.planning.models import GIB, checkered
+from tests.planning.models import GIB, checkered, write_model
 from tests.planning.test_checkpoint import vllm_config
 from tests.server.configs import GEMMA_3_IMAGES, LLAVA, QWEN_2_VL
 from tests.this_process import this_process  # noqa: F401 - a fixture
@@ -125,6 +125,18 @@ class TestPlan:
         plan = plan_memory(request)
         assert plan.bytes_per_token == 28 * 2 * 2 * 128 * 2
         assert plan.settings.max_model_len == 32768
+
+    def test_layers_that_draft_are_refused_as_by_the_server(self, model, tmp_path):
+        request = {
+            "model": model(QWEN_2_VL_7B),
+            "duo": {"pattern": checkered(tmp_path / "pattern", 28, 4)},
+            "kv_cache_bytes": 16 * GIB,
+            "num_speculative_tokens": 2,
+            "draft_model": write_model(tmp_path / "draft", 1, 4, 4, 512),
+        }
+        with pytest.raises(NotImplementedError, match="drafts: not tested with multimodal input"):
+            plan_memory(PlanRequest(**request))
+        assert plan_memory(PlanRequest(**request, language_model_only=True)).num_blocks
 
     def test_text_alone_is_planned_where_images_are_refused(self, model, tmp_path):
         pattern = checkered(tmp_path / "pattern", 2, 2)

@@ -95,7 +95,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         in_force(facts.windows or (), longest),
     )
     dtype = _dtype(request, checkpoint)
-    drafts = _drafts(request, dtype)
+    drafts = _drafts(request, dtype, facts.multimodal is not None)
     layout = server.layout(
         head_size=facts.head_size,
         block_size=request.block_size,
@@ -175,14 +175,14 @@ def _unquantised(layout: Layout) -> Layout:
     return replace(layout, ranks=tuple(ranks))
 
 
-def _drafts(request: PlanRequest, dtype: str) -> Drafts:
+def _drafts(request: PlanRequest, dtype: str, multimodal: bool) -> Drafts:
     """What speculative decoding adds; a draft model has the numbers of the model that it drafts for."""
     if request.draft_model is None:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
     reasons = draft_refusals(facts, request.tensor_parallel_size)
     stages, cache = request.pipeline_parallel_size, request.kv_cache_dtype
-    refuse([*reasons, *draft_model_refusals(stages, cache)])
+    refuse([*reasons, *draft_model_refusals(stages, cache, multimodal)])
     return Drafts(
         size=request.num_speculative_tokens,
         num_layers=facts.num_layers,
