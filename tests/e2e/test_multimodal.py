@@ -89,6 +89,7 @@ def prompts():
 
 
 @by_family(QUICK)
+@pytest.mark.feature("prefix caching", "chunked prefill")
 def test_served_tokens_are_the_oracles(family, vision_model, pattern_of):
     """In chunks shorter than a picture, all together; then one by one, resuming at snapshots."""
     model = vision_model(family)
@@ -109,6 +110,9 @@ def test_served_tokens_are_the_oracles(family, vision_model, pattern_of):
     around = 2 * ("qwen" in family)
     assert len(asked[3].token_ids) == TOKENS_OF_PICTURE[family] + 5 + around
     assert_oracles(oracle, asked + again + branches, ANSWER)
+    full = PictureOracle(model, mask_of("retrieval", KV_HEADS), SINK, RECENT)
+    with pytest.raises(AssertionError, match="step"):
+        assert_oracles(full, asked[2:3], ANSWER)  # the picture alone is longer than a ring
     assert [each.cached for each in again] == [
         (len(each.token_ids) - 1) // BLOCK * BLOCK for each in again
     ]
@@ -212,6 +216,7 @@ def test_further_engines(family, name, settings, vision_model, pattern_of):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("preemption")
 @pytest.mark.parametrize("family", QUICK)
 def test_a_small_pool_preempts_in_the_middle_of_pictures(family, vision_model, pattern_of):
     model = vision_model(family)
