@@ -70,26 +70,34 @@ class Oracle:
         form=None,
         windows=(),
     ) -> None:
-        self.model = _load(str(model))
+        self.model = self.load(str(model))
         self.retrieval = np.asarray(retrieval, dtype=bool)
         self.sizes = (sink_size, recent_size)
         self.form = form
         self.windows = windows or [None] * len(self.retrieval)
 
+    load = staticmethod(_load)
+
+    @property
+    def layers(self):
+        """The decoder's, in order."""
+        return self.model.model.layers
+
+    def logits(self, token_ids) -> torch.Tensor:
+        """[n, vocabulary] after each of the n tokens."""
+        return self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+
     @torch.inference_mode()
     def logprobs(self, token_ids) -> torch.Tensor:
         """[n, vocabulary] log-probabilities after each of the n tokens."""
-        for layer, retrieval, window in zip(
-            self.model.model.layers, self.retrieval, self.windows, strict=True
-        ):
+        for layer, retrieval, window in zip(self.layers, self.retrieval, self.windows, strict=True):
             sizes = self.sizes if window is None else (0, window)
             layer.self_attn.duo_retrieval = (
                 retrieval if window is None else np.zeros_like(retrieval)
             )
             layer.self_attn.duo_form = self.form
             layer.self_attn.duo_sink, layer.self_attn.duo_recent = sizes
-        logits = self.model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
-        return logits.float().log_softmax(-1)
+        return self.logits(token_ids).float().log_softmax(-1)
 
 
 def mismatches(oracle: Oracle, prompt, served, served_logprobs, *, tie=1e-3, tolerance=1e-2):

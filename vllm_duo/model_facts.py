@@ -15,6 +15,11 @@ from vllm_duo.windows import UNKNOWN, Windows, describe
 HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 """Head sizes that the operators are tested with or that stock vLLM's CPU kernels also serve."""
 
+MULTIMODAL = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
+"""Model types whose images and text were served and held against an oracle (docs/multimodal.md)."""
+
+TEXT_ALONE = "--language-model-only serves its text alone"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -29,7 +34,10 @@ class ModelFacts:
         uses_mla: multi-head latent attention.
         is_encoder_decoder: the decoder attends to an encoder.
         has_other_layers: Mamba, linear attention or none at all in some layers.
-        is_multimodal: takes more than text.
+        multimodal: config.json's model type, of a model that takes more than text as it is served;
+            None: text alone.
+        sees_both_ways: the tokens of an image attend to one another, later ones too (vLLM's word is
+            "mm_prefix").
         windows: the model's own sliding windows, by layer; None: it has some, which are not known.
         attention_chunk_size: of chunked local attention, in tokens.
         soft_caps_logits: attention logits are soft-capped.
@@ -49,7 +57,8 @@ class ModelFacts:
     uses_mla: bool = False
     is_encoder_decoder: bool = False
     has_other_layers: bool = False
-    is_multimodal: bool = False
+    multimodal: str | None = None
+    sees_both_ways: bool = False
     windows: Windows | None = ()
     attention_chunk_size: int | None = None
     soft_caps_logits: bool = False
@@ -71,8 +80,8 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield "cross-attention (an encoder-decoder model)"
     if model.has_other_layers:
         yield "layers without attention (Mamba, linear attention and their like)"
-    if model.is_multimodal:
-        yield "multimodal input: not tested yet"
+    if model.multimodal is not None and not model.is_encoder_decoder:
+        yield from _multimodal_refusals(model.multimodal, model.sees_both_ways)
     if model.windows is None:
         yield UNKNOWN
     if model.attention_chunk_size:
@@ -94,6 +103,19 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield f"the head size {model.head_size}: supported are {sizes}"
     if model.shares_caches:
         yield "layers that share another layer's KV cache"
+
+
+def _multimodal_refusals(model_type: str, sees_both_ways: bool) -> Iterator[str]:
+    if sees_both_ways:
+        yield (
+            f"images whose tokens attend to later ones (model type {model_type}): duo's attention is "
+            f"causal; {TEXT_ALONE}"
+        )
+    elif model_type not in MULTIMODAL:
+        yield (
+            f"multimodal input (model type {model_type}): not tested, expected one of "
+            f"{', '.join(MULTIMODAL)}; {TEXT_ALONE}"
+        )
 
 
 def draft_refusals(model: ModelFacts, ranks: int) -> Iterator[str]:

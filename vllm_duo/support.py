@@ -120,7 +120,8 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         uses_mla=model.use_mla,
         is_encoder_decoder=model.is_encoder_decoder,
         has_other_layers=model.is_hybrid or model.is_attention_free,
-        is_multimodal=model.is_multimodal_model,
+        multimodal=_multimodal_type(model),
+        sees_both_ways=model.is_mm_prefix_lm,
         windows=layer_windows(num_layers, model.get_sliding_window(), setting("layer_types")),
         attention_chunk_size=setting("attention_chunk_size"),
         soft_caps_logits=bool(setting("attn_logit_softcapping") or setting("attn_logits_soft_cap")),
@@ -128,9 +129,19 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         is_not_causal=model.rswa_window is not None or model.is_diffusion,
         has_noops=model.has_noops,
         kv_cache_scheme=scheme,
-        has_learned_sinks=model.hf_config.model_type == "gpt_oss",
+        has_learned_sinks=setting("model_type") == "gpt_oss",
         shares_caches=bool(setting("num_kv_shared_layers")),
     )
+
+
+def _multimodal_type(model: ModelConfig) -> str | None:
+    """The model type where a model takes more than text; None where all other input is switched off."""
+    if not model.supports_multimodal_inputs:
+        return None
+    model_type = str(model.hf_config.model_type)
+    if model.using_transformers_backend():
+        return f"{model_type} in vLLM's Transformers backend"
+    return model_type
 
 
 def cache_dtype_refusal(cache_dtype: str, model_dtype: str) -> str | None:
@@ -237,8 +248,13 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     )
 
 
-def draft_model_refusals(stages: int, cache_dtype: str) -> Iterator[str]:
-    """Why no draft model runs in so many pipeline stages or with such a cache, if so."""
+def draft_model_refusals(stages: int, cache_dtype: str, multimodal: bool) -> Iterator[str]:
+    """Why no draft model runs in so many pipeline stages, with such a cache or such input, if so."""
+    if multimodal:
+        yield (
+            f"what drafts: not tested with multimodal input; use {DRAFTS_OF_TOKENS[0]} or "
+            "--language-model-only"
+        )
     if stages > 1:
         yield (
             f"what drafts: --pipeline-parallel-size {stages} is not tested with one; use "
@@ -257,7 +273,9 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     parallel = vllm_config.parallel_config
     ranks, own = parallel.tensor_parallel_size, speculation.draft_tensor_parallel_size
     yield from draft_model_refusals(
-        parallel.pipeline_parallel_size, vllm_config.cache_config.cache_dtype
+        parallel.pipeline_parallel_size,
+        vllm_config.cache_config.cache_dtype,
+        vllm_config.model_config.supports_multimodal_inputs,
     )
     yield from draft_refusals(facts_of(speculation.draft_model_config), ranks)
     if own not in (None, ranks):
@@ -284,6 +302,8 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
     if vllm_config.kv_transfer_config is not None:
         yield "KV connectors (--kv-transfer-config): they do not see the streaming caches"
+    if vllm_config.ec_transfer_config is not None:
+        yield "encoder caches of other servers (--ec-transfer-config): not tested yet"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager"
     model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")

@@ -95,7 +95,11 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ),
         (
             "vllm.config:ModelConfig",
-            members("is_hybrid", "is_attention_free", "is_multimodal_model"),
+            members("is_hybrid", "is_attention_free", "is_mm_prefix_lm"),
+        ),
+        (
+            "vllm.config:ModelConfig",
+            members("supports_multimodal_inputs", "using_transformers_backend"),
         ),
         ("vllm.config:ModelConfig.get_sliding_window", None),
         ("vllm.config:ModelConfig.get_head_size", None),

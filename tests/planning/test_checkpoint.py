@@ -11,7 +11,7 @@ from tests.server.configs import config_json
 from tests.server.refused import REFUSED_MODELS
 from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo.model_facts import model_refusals
-from vllm_duo.planning.checkpoint import DEFAULTS, read_checkpoint
+from vllm_duo.planning.checkpoint import DEFAULTS, TEXT_TYPES, read_checkpoint
 from vllm_duo.support import facts_of
 
 ARCHITECTURES = {
@@ -67,7 +67,7 @@ def vllm_config(folder: str):
     ],
     ids=lambda settings: ", ".join(f"{key}={value}" for key, value in settings.items()) or "least",
 )
-@pytest.mark.parametrize("model_type", DEFAULTS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_known_types_as_vllm_reads_them(model, model_type, settings):
     config = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
     folder = model(config | REQUIRED | settings)
@@ -76,6 +76,10 @@ def test_known_types_as_vllm_reads_them(model, model_type, settings):
     assert ours.facts == facts_of(theirs)
     assert ours.max_model_len == theirs.max_model_len
     assert ours.is_known
+
+
+def test_every_known_type_is_compared():
+    assert {*ARCHITECTURES, *TEXT_TYPES.values()} == set(DEFAULTS)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])

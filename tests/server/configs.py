@@ -46,6 +46,50 @@ ENCODER = {"encoder_layers": 2, "encoder_attention_heads": 4, "max_source_positi
 DECODER = {"decoder_layers": 2, "decoder_attention_heads": 4, "max_target_positions": 256}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
 
+IMAGES = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+IMAGES |= {"image_size": 16, "patch_size": 8}
+
+
+def multimodal_json(architecture: str, model_type: str, text_type: str, **settings) -> dict:
+    """Text and images, each with a part of the file."""
+    text = {"model_type": text_type, **SIZES, **settings.pop("text", {})}
+    config = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "text_config": text,
+        "vision_config": IMAGES,
+    }
+    return config | settings
+
+
+LLAVA = multimodal_json(
+    "LlavaForConditionalGeneration", "llava", "llama", image_token_index=60, image_seq_length=4
+)
+GEMMA_3_IMAGES = multimodal_json(
+    *("Gemma3ForConditionalGeneration", "gemma3", "gemma3_text"),
+    text={"head_dim": 16, "sliding_window": 32, "sliding_window_pattern": 2},
+)
+PALIGEMMA = multimodal_json(
+    *("PaliGemmaForConditionalGeneration", "paligemma", "gemma"), text={"head_dim": 16}
+)
+IDEFICS_3 = multimodal_json(
+    "Idefics3ForConditionalGeneration", "idefics3", "llama", image_token_id=60
+)
+# As published: the text's keys stand beside the tower's part.
+QWEN_2_VL = config_json(
+    "Qwen2VLForConditionalGeneration",
+    "qwen2_vl",
+    vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+    use_sliding_window=False,
+    sliding_window=32,
+)
+
 
 def draft_model(folder: Path, config: dict = LLAMA, size: int = 2, **settings) -> dict:
     """``--speculative-config`` of a draft model that is written into the folder."""

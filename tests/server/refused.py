@@ -15,10 +15,12 @@ from tests.server.configs import (
     GEMMA_2,
     GEMMA_3N,
     GPT_OSS,
+    IDEFICS_3,
     JAMBA,
     LLAMA,
     LLAMA_4,
     MLA,
+    PALIGEMMA,
     TOKENS,
     WHISPER,
     WINDOWED,
@@ -43,7 +45,16 @@ REFUSED_MODELS = {
     "encoder-decoder models": (
         WHISPER | ENCODER | DECODER | TOKENS,
         "cross-attention (an encoder-decoder model)",
-        "multimodal input: not tested yet",
+    ),
+    "images whose tokens see later ones": (
+        PALIGEMMA,
+        "images whose tokens attend to later ones (model type paligemma): duo's attention is causal; "
+        "--language-model-only serves its text alone",
+    ),
+    "other multimodal models": (
+        IDEFICS_3,
+        "multimodal input (model type idefics3): not tested, expected one of llava, mistral3, "
+        "qwen2_vl, qwen2_5_vl; --language-model-only serves its text alone",
     ),
     "Mamba and linear-attention layers": (
         JAMBA,
@@ -75,7 +86,6 @@ REFUSED_MODELS = {
 ROWS = {
     "ALiBi by model": ("ALiBi",),
     "ALiBi by setting": ("ALiBi",),
-    "encoder-decoder models": ("encoder-decoder models", "multimodal input"),
 }
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
@@ -121,6 +131,10 @@ REFUSED_SETTINGS = {
     "KV connectors": (
         "KV connectors (--kv-transfer-config): they do not see the streaming caches",
         {"kv_transfer_config": CONNECTOR},
+    ),
+    "encoder caches of other servers": (
+        "encoder caches of other servers (--ec-transfer-config): not tested yet",
+        {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}},
     ),
     "KV-sharing fast prefill": ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
     "KV offloading": (

@@ -55,6 +55,13 @@ def plan(
     lengths: Annotated[
         str | None, typer.Option(help="Request lengths to list: 4096,32768; default: doubles.")
     ] = None,
+    language_model_only: Annotated[
+        bool,
+        typer.Option(
+            "--language-model-only",
+            help="As vLLM's: a multimodal model serves its text alone.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON (docs/plan.md).")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw requests over length to this .png, .svg or .pdf.")
@@ -89,6 +96,7 @@ def plan(
         num_speculative_tokens=num_speculative_tokens,
         draft_model=draft_model,
         lengths=_lengths(lengths),
+        language_model_only=language_model_only,
     )
     _answer(request, plan_memory, as_json, plot)
 

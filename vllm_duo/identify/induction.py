@@ -43,6 +43,7 @@ from vllm_duo.identify.methods import (
     kept_tokens,
     to_kv_heads,
 )
+from vllm_duo.identify.refusals import text_of
 
 ROWS_AT_ONCE = 256
 
@@ -100,7 +101,7 @@ def make_repeats(job: Job, index: int) -> tuple[Tensor, int]:
         )
     rng = random.Random(f"{settings.seed} induction {index}")
     special = set(tokenizer.all_special_ids)
-    size = min(len(tokenizer), job.model.model.config.vocab_size)
+    size = min(len(tokenizer), text_of(job.model.model.config).vocab_size)
     allowed = [token for token in range(size) if token not in special]
     block = [rng.choice(allowed) for _ in range(period)]
     return torch.tensor([begin + block * INDUCTION_REPEATS]), period

@@ -49,7 +49,7 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     Example: 4 layers, hidden 128, 8 query heads of size 32, intermediate 256, float32, gradients:
     per token 4 * (4 * 128 + 2 * (12 * 256 + 3 * 256 + 4 * 128) + 3 * 128) = 38,400 bytes.
     """
-    config = model.model.config
+    config = model.model.config.get_text_config(decoder=True)
     hidden = int(config.hidden_size)
     heads = model.info.num_heads * model.info.head_size
     middle = int(getattr(config, "intermediate_size", 0) or 4 * hidden)

@@ -10,11 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from vllm_duo.identify import memory
 from vllm_duo.identify.attention import IMPLEMENTATION, AttentionHook, Policy, full_attention
-from vllm_duo.identify.refusals import config_reasons, probe_reasons, refuse, windows_of
+from vllm_duo.identify.refusals import (
+    config_reasons,
+    model_class,
+    probe_reasons,
+    refuse,
+    text_of,
+    windows_of,
+)
 from vllm_duo.windows import Windows, chosen_layers
 
 PROBE_TOKENS = 24
@@ -56,7 +63,8 @@ class HookedModel:
     """A causal language model whose attention layers compute what a `Policy` says.
 
     Attributes:
-        model: the transformers model, in evaluation mode, weights frozen.
+        model: the transformers model, in evaluation mode, weights frozen; a multimodal one is asked in
+            text alone, and only its decoder is hooked.
         tokenizer: its fast tokenizer.
         hook: stands in for its attention.
         info: its shape and fingerprint.
@@ -126,9 +134,7 @@ def load_model(name: str, *, device: str | None, dtype: str | None) -> HookedMod
     tokenizer = _load_tokenizer(name)
     memory.check_weights_fit(name, config, number)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=number, attn_implementation="eager"
-        )
+        model = model_class(config).from_pretrained(name, dtype=number, attn_implementation="eager")
         model = model.to(target).eval().requires_grad_(False)
         return hook_model(model, tokenizer, name, target)
     except (RuntimeError, MemoryError) as error:
@@ -149,15 +155,19 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         seen[layer] = (query.shape[1], key.shape[1], key.shape[3])
         return full_attention(query, key, value, scaling)
 
-    windows = windows_of(model.config)
+    text = text_of(model.config)
+    windows = windows_of(text)
     if windows is None:
         raise AssertionError("config_reasons refuses such a model")
     architecture = type(model).__name__
-    ids = (torch.arange(2 * PROBE_TOKENS) * 7 + 3).view(2, -1) % model.config.vocab_size
+    ids = (torch.arange(2 * PROBE_TOKENS) * 7 + 3).view(2, -1) % text.vocab_size
     ids = ids.to(device)
     with torch.no_grad():
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-        model.set_attn_implementation(IMPLEMENTATION)
+        multimodal = text is not model.config
+        model.set_attn_implementation(
+            {"text_config": IMPLEMENTATION} if multimodal else IMPLEMENTATION
+        )
         hook = AttentionHook(look, windows)
         hook.install(model)
         found = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
@@ -170,7 +180,7 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        max_positions=int(getattr(model.config, "max_position_embeddings", 0) or 2**31),
+        max_positions=int(getattr(text, "max_position_embeddings", 0) or 2**31),
         fingerprint=fingerprint(model),
         windows=windows,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_duo.model_facts import MULTIMODAL
 from vllm_duo.windows import (
     SLIDING,
     UNKNOWN,
@@ -22,9 +23,37 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-
 """Largest relative difference of the last hidden states with our attention and the model's own."""
 
 
+TEXT_TESTED = (*MULTIMODAL, "gemma3")
+"""Multimodal model types whose heads are found from text alone."""
+
+
+def text_of(config: Any) -> Any:
+    """The part of a configuration that is the decoder's; the whole of it in a text model."""
+    return config.get_text_config(decoder=True)
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers that answers in text with this configuration; None: there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
 def config_reasons(config: Any) -> Iterator[str]:
     """Why a model of this configuration cannot be hooked, before its weights load."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    whole = config
+    if (
+        getattr(whole, "vision_config", None) or getattr(whole, "audio_config", None)
+    ) and whole.model_type not in TEXT_TESTED:
+        yield (
+            f"multimodal input (model type {whole.model_type}): not tested, expected one of "
+            f"{', '.join(TEXT_TESTED)}"
+        )
+        return
+    config = text_of(whole)
 
     def setting(name: str) -> Any:
         return getattr(config, name, None)
@@ -35,8 +64,6 @@ def config_reasons(config: Any) -> Iterator[str]:
         return
     if setting("is_encoder_decoder"):
         yield "cross-attention (an encoder-decoder model)"
-    if setting("vision_config") or setting("audio_config"):
-        yield "multimodal input"
     if setting("kv_lora_rank"):
         yield "multi-head latent attention (MLA): its cache has no KV heads to split"
     if setting("attn_logit_softcapping"):
@@ -50,11 +77,10 @@ def config_reasons(config: Any) -> Iterator[str]:
     if config.model_type == "gpt_oss":
         yield "learned attention sinks"
     yield from _window_reasons(config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    found = model_class(whole)
+    if found is None:
         yield "transformers has no causal language model for it"
-    elif not getattr(
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_attention_backend", False
-    ):
+    elif not getattr(found, "_supports_attention_backend", False):
         yield "its attention does not go through transformers' AttentionInterface"
 
 

@@ -32,10 +32,40 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "phi3": {},
     "gemma": {"num_key_value_heads": 16, "head_dim": 256},
     "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
+    "qwen2_vl_text": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2_5_vl_text": {"num_key_value_heads": 8, "sliding_window": 4096},
 }
 """Per model type, what transformers takes where config.json leaves a key out."""
 
-WINDOW_ONLY_IF_USED = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+TEXT_TYPES = {
+    "llava": "llama",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+}
+"""Per multimodal model type, that of its text where config.json does not name it."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_size": 4096,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "hidden_size": 4096,
+        "max_position_embeddings": 131_072,
+    },
+}
+"""Per model type, what transformers takes where a ``text_config`` leaves its shape out, as LLaVA-1.5's
+does."""
+
+WINDOW_ONLY_IF_USED = (
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("qwen2_vl_text", "qwen2_5_vl_text"),
+)
 """Model types whose sliding window counts only with ``use_sliding_window``, which is off by default."""
 
 LAYER_KINDS: dict[str, Callable[[Mapping[str, Any]], Callable[[int], bool]]] = {
@@ -44,6 +74,8 @@ LAYER_KINDS: dict[str, Callable[[Mapping[str, Any]], Callable[[int], bool]]] = {
     "qwen2_moe": lambda text: (
         lambda index: index % 2 == 0 and index < text.get("max_window_layers", 28)
     ),
+    "qwen2_vl_text": lambda text: lambda index: index >= text.get("max_window_layers", 80),
+    "qwen2_5_vl_text": lambda text: lambda index: index >= text.get("max_window_layers", 80),
     "gemma3_text": lambda text: (
         lambda index: (index + 1) % text.get("sliding_window_pattern", 6) > 0
     ),
@@ -74,6 +106,10 @@ OTHER_LAYER_TYPES = ("mamba", "linear_attention", "recurrent", "conv")
 OTHER_MODEL_TYPES = ("jamba", "mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma")
 ENCODER_DECODERS = ("whisper", "bart", "mbart", "t5", "mt5", "pegasus", "m2m_100", "nllb_moe")
 OTHER_SENSES = ("vision_config", "audio_config", "image_token_id", "image_token_index")
+BOTH_WAYS = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
+PLAIN_ROPE = ("default", "llama3", "longrope", "su", "mrope")
+"""Kinds of RoPE that leave a model the positions that config.json names."""
+
 GENERATORS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
 
 
@@ -201,10 +237,16 @@ class _Reader:
         self.config = config
         nested = config.get("text_config")
         self.text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
-        self.model_type = str(self.text.get("model_type", config.get("model_type", "")))
+        self.outer_type = str(config.get("model_type", ""))
+        text_type = str(self.text.get("model_type", self.outer_type))
+        self.model_type = TEXT_TYPES.get(text_type, text_type)
+        shape = {} if self.text is config else SHAPES.get(self.model_type, {})
+        self.known = shape | DEFAULTS.get(self.model_type, {})
 
     def checkpoint(self) -> Checkpoint:
-        dtype = self.config.get("dtype", self.config.get("torch_dtype"))
+        parts = (self.config, self.text)
+        dtypes = [part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+        dtype = dtypes[0] if dtypes else None
         return Checkpoint(
             facts=self.facts(),
             model_type=self.model_type,
@@ -232,8 +274,8 @@ class _Reader:
             has_other_layers=self.model_type in OTHER_MODEL_TYPES
             or any(self.text.get(key) for key in OTHER_LAYER_KEYS)
             or any(kind in OTHER_LAYER_TYPES for kind in layer_types),
-            is_multimodal=self.model_type == "whisper"
-            or any(key in self.config for key in OTHER_SENSES),
+            multimodal=self.multimodal,
+            sees_both_ways=self.sees_both_ways,
             windows=self.windows(),
             attention_chunk_size=self.text.get("attention_chunk_size"),
             soft_caps_logits=any(self.text.get(key) for key in caps)
@@ -250,6 +292,20 @@ class _Reader:
         )
 
     @property
+    def multimodal(self) -> str | None:
+        """The model type where the model takes more than text."""
+        takes_more = any(key in self.config for key in OTHER_SENSES)
+        return self.outer_type if takes_more or self.model_type == "whisper" else None
+
+    @property
+    def sees_both_ways(self) -> bool:
+        if "is_mm_prefix_lm" in self.config:
+            return bool(self.config["is_mm_prefix_lm"])
+        if self.outer_type == "gemma4":
+            return self.text.get("use_bidirectional_attention") == "vision"
+        return self.outer_type in BOTH_WAYS
+
+    @property
     def uses_mla(self) -> bool:
         return self.text.get("kv_lora_rank") is not None
 
@@ -261,7 +317,7 @@ class _Reader:
 
     def windows(self) -> Windows | None:
         """The sliding windows by layer; a size of 0 or null means none."""
-        default = DEFAULTS.get(self.model_type, {}).get("sliding_window")
+        default = self.known.get("sliding_window")
         window = self.text.get("sliding_window", default)
         if self.model_type in WINDOW_ONLY_IF_USED and not self.text.get("use_sliding_window"):
             window = None
@@ -280,18 +336,16 @@ class _Reader:
         """As vLLM derives it, unless a RoPE scaling other than Llama 3's stretches it."""
         scaling = self.text.get("rope_scaling") or self.text.get("rope_parameters") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        lengths: list[int] = [
-            self.text[key] for key in LENGTH_NAMES if isinstance(self.text.get(key), int)
-        ]
-        if kind not in ("default", "llama3", "longrope", "su") or not lengths:
+        text = self.known | dict(self.text)
+        lengths: list[int] = [text[key] for key in LENGTH_NAMES if isinstance(text.get(key), int)]
+        if kind not in PLAIN_ROPE or not lengths:
             return None
         return min(lengths)
 
     def figure(self, key: str, default: int | None = None) -> int:
         """A whole number of config.json; a null is what transformers makes of it: ``default``."""
-        known = DEFAULTS.get(self.model_type, {})
         names = [name for name in NAMES[key] if name in self.text]
-        value = self.text[names[0]] if names else known.get(key, default)
+        value = self.text[names[0]] if names else self.known.get(key, default)
         value = default if value is None else value
         least = 0 if default == 0 else 1
         most = MOST.get(key, float("inf"))

@@ -52,6 +52,7 @@ class PlanRequest:
         num_speculative_tokens: drafts of a step, of vLLM's ``--speculative-config``; 0 without.
         draft_model: folder or Hugging Face id of the model that drafts, if one does.
         lengths: requests to list, in tokens; none: doubles up to ``max_model_len``.
+        language_model_only: vLLM's flag: a multimodal model serves its text alone.
     """
 
     model: str
@@ -66,6 +67,7 @@ class PlanRequest:
     num_speculative_tokens: int = 0
     draft_model: str | None = None
     lengths: Sequence[int] = ()
+    language_model_only: bool = False
 
 
 def plan_memory(request: PlanRequest) -> Plan:
@@ -78,6 +80,8 @@ def plan_memory(request: PlanRequest) -> Plan:
     _check(request)
     checkpoint = read_checkpoint(request.model)
     facts = checkpoint.facts
+    if request.language_model_only:
+        facts = replace(facts, multimodal=None)
     refuse(list(model_refusals(facts)))
     # As the server, which cannot know yet what "auto" will come to.
     longest = _model_length(request, checkpoint)
@@ -91,7 +95,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         in_force(facts.windows or (), longest),
     )
     dtype = _dtype(request, checkpoint)
-    drafts = _drafts(request, dtype)
+    drafts = _drafts(request, dtype, facts.multimodal is not None)
     layout = server.layout(
         head_size=facts.head_size,
         block_size=request.block_size,
@@ -171,14 +175,14 @@ def _unquantised(layout: Layout) -> Layout:
     return replace(layout, ranks=tuple(ranks))
 
 
-def _drafts(request: PlanRequest, dtype: str) -> Drafts:
+def _drafts(request: PlanRequest, dtype: str, multimodal: bool) -> Drafts:
     """What speculative decoding adds; a draft model has the numbers of the model that it drafts for."""
     if request.draft_model is None:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
     reasons = draft_refusals(facts, request.tensor_parallel_size)
     stages, cache = request.pipeline_parallel_size, request.kv_cache_dtype
-    refuse([*reasons, *draft_model_refusals(stages, cache)])
+    refuse([*reasons, *draft_model_refusals(stages, cache, multimodal)])
     return Drafts(
         size=request.num_speculative_tokens,
         num_layers=facts.num_layers,
