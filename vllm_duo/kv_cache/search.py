@@ -80,7 +80,7 @@ class _Search:
         self, ranks: Sequence[KVShape], block_size: int, slots: int, reference_tokens: int
     ) -> None:
         self.streaming = [rank.streaming_heads for rank in ranks]
-        self.head_bytes = ranks[0].token_bytes
+        self.head_bytes = ranks[0].streaming_token_bytes
         self.most_streaming = max(rank.num_streaming for rank in ranks)
         totals = {(rank.num_retrieval, rank.num_streaming) for rank in ranks}
         self.are_alike = len(totals) == 1
@@ -88,7 +88,8 @@ class _Search:
         self.slots = slots
         self.reach = min(slots, reference_tokens)
         self.retrieval_blocks = cdiv(reference_tokens, block_size)
-        # Bytes of a block of the retrieval group, and of all heads' as stock has it.
+        # Bytes of a block of the retrieval group, and of all heads' as stock has it, but for the dtype
+        # of streaming heads where they keep their own.
         self.retrieval_width = max(rank.paged_token_bytes for rank in ranks) * block_size
         streaming_width = self.most_streaming * self.head_bytes * block_size
         self.stock_width = self.retrieval_width + streaming_width
@@ -168,6 +169,7 @@ class _Search:
     def _is_within_stock(self, choice: _Candidate) -> bool:
         """Whether no request holds more than stock vLLM's and one block a group.
 
+        Streaming heads that keep the model's dtype beside quantised ones count with it in stock's, too.
         Worst are the requests whose last token opened a streaming block: between two of them, and
         beyond the run, stock grows at least as fast.
         """

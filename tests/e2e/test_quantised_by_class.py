@@ -1,0 +1,163 @@
+"""Quantised retrieval heads beside streaming heads in the model's own dtype: the oracle's answers.
+
+As in ``test_quantised_cache.py`` a served key crosses the edge of a quantisation step now and then.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.e2e.engine import engine, write_pattern
+from tests.e2e.half import errors, rms
+from tests.e2e.stepper import Stepper
+from tests.e2e.test_exactness import mask_of, prompts_of
+from tests.e2e.test_quantised_cache import ERROR, MATTERS, case
+from tests.models.random_models import Shape
+from tests.oracle import Oracle
+from vllm_duo.compat.pool_report import LAYOUT
+from vllm_duo.kv_cache.formats import FORMATS
+from vllm_duo.kv_cache.manager import RingManager
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.feature("quantised KV cache, of the retrieval heads alone"),
+]
+
+SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
+SINK, RECENT = 20, 75
+MASK = mask_of("mixed", SHAPE.kv_heads)
+PROMPTS = prompts_of([150] * 4, seed=43)
+ANSWER_TOKENS = 90
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        case("int4_per_token_head"),
+        case("fp8", pytest.mark.slow),
+        case("int8_per_token_head", pytest.mark.slow),
+    ],
+)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def serve(checkpoint, tmp_path_factory):
+    pattern = write_pattern(tmp_path_factory.mktemp("patterns") / "mixed", MASK)
+
+    def serve(name, streaming="model", **settings):
+        sizes = {"sink_size": SINK, "recent_size": RECENT}
+        limits = {"max_model_len": 400, "max_num_batched_tokens": 128}
+        duo_settings = {"streaming_cache_dtype": streaming}
+        return engine(
+            checkpoint(SHAPE),
+            pattern,
+            duo_settings=duo_settings,
+            kv_cache_dtype=name,
+            **(sizes | limits | settings),
+        )
+
+    return serve
+
+
+def error_of(model, answers, form, *, streaming_quantised=False, prompts=PROMPTS):
+    oracle = Oracle(model, MASK, SINK, RECENT, form, streaming_quantised=streaming_quantised)
+    return rms(errors(oracle, prompts, answers))
+
+
+def blocks_for(running, num_tokens):
+    """Pool blocks that hold all prompts at once, with so many tokens each."""
+    layout = getattr(running.core.scheduler, LAYOUT)
+    return 1 + len(PROMPTS) * layout.blocks(num_tokens)
+
+
+def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch):
+    """In chunks, with prefix caching, in a pool that holds four prompts and not their answers."""
+    model, form = checkpoint(SHAPE), FORMATS[name]
+    with serve(name) as running:
+        pool = blocks_for(running, len(PROMPTS[0]) + ANSWER_TOKENS // 2)
+        layout = getattr(running.core.scheduler, LAYOUT)
+        config = running.core.scheduler.kv_cache_config
+        stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
+        specs = [spec for group in config.kv_cache_groups for spec in specs_of(group)]
+    # Streaming heads keep float32, which counts in the bytes of a bin.
+    assert {spec.dtype for spec in specs} == {torch.float32, torch.uint8}
+    assert stored == {layout.block_bytes}
+    span, shape = layout.span, layout.shape
+    widest = max(sum(shape.streaming_heads[layer] for layer in layers) for layers in layout.bins)
+    bin_bytes = widest * span.block_size * 2 * SHAPE.head_size * 4
+    retrieval_bytes = sum(map(sum, MASK)) * layout.block_size * form.row_bytes(SHAPE.head_size)
+    assert layout.block_bytes == max(bin_bytes, retrieval_bytes)
+
+    with serve(name, num_gpu_blocks_override=pool) as running:
+        stepper = Stepper(running, monkeypatch)
+        for index, prompt in enumerate(PROMPTS):
+            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
+        stepper.run()
+        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+        rings = [
+            manager
+            for manager in running.manager.coordinator.single_type_managers
+            if isinstance(manager, RingManager)
+        ]
+        hits = rings[0].counts[0]
+    assert stepper.preempted
+    assert hits >= len(PROMPTS), "every prompt was resumed at a snapshot"
+    error = error_of(model, answers, form)
+    assert error <= ERROR
+    assert error_of(model, again, form) <= ERROR, "from cached prefixes"
+    assert error_of(model, answers, None) > MATTERS * error, "what is kept must matter"
+    both = error_of(model, answers, form, streaming_quantised=True)
+    assert both > MATTERS * error, "what streaming heads keep must matter"
+
+
+def test_less_is_lost_than_with_all_heads_quantised(name, serve, checkpoint):
+    """Against the oracle over the model's own numbers."""
+    lost = {}
+    for streaming in ("model", "same"):
+        with serve(name, streaming, enable_prefix_caching=False) as running:
+            answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        lost[streaming] = error_of(checkpoint(SHAPE), answers, None)
+    assert lost["model"] < lost["same"], lost
+
+
+@pytest.mark.slow
+@pytest.mark.feature("tensor parallelism")
+def test_two_ranks_keep_what_one_keeps(name, serve, checkpoint):
+    """The second time the rings of both ranks are restored."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with serve(name, **ranks) as running:
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+    for each in (answers, again):
+        error = error_of(checkpoint(SHAPE), each, FORMATS[name])
+        assert error <= ERROR
+        assert error_of(checkpoint(SHAPE), each, None) > MATTERS * error, "what is kept must matter"
+
+
+@pytest.mark.slow
+@pytest.mark.feature("speculative decoding, n-gram")
+def test_drafts_change_nothing_that_is_kept(name, serve, checkpoint):
+    """Text that repeats itself has n-grams to find; rejected drafts were quantised, too."""
+    prompts = [prompt * 3 for prompt in prompts_of([10, 40, 90], seed=43)]
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2}
+    with serve(name, speculative_config=drafts) as running:
+        answers = running.generate(prompts, ANSWER_TOKENS)
+    model = checkpoint(SHAPE)
+    error = error_of(model, answers, FORMATS[name], prompts=prompts)
+    assert error <= ERROR
+    assert error_of(model, answers, None, prompts=prompts) > MATTERS * error, "it must matter"
+
+
+def specs_of(group):
+    """Specs of a group's layers."""
+    from vllm.v1.kv_cache_interface import iter_layer_specs
+
+    return iter_layer_specs(group.kv_cache_spec)
