@@ -6,20 +6,22 @@ As in ``test_quantised_cache.py`` a served key crosses the edge of a quantisatio
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import pytest
-import torch
+from vllm.v1.kv_cache_interface import AttentionSpec, iter_layer_specs
 
-from tests.e2e.engine import engine, write_pattern
+from tests.e2e.engine import Answer, engine, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
-from tests.e2e.test_quantised_cache import ERROR, MATTERS, case
+from tests.e2e.test_quantised_cache import BLOCK, ERROR, MATTERS, case
 from tests.models.random_models import Shape
 from tests.oracle import Oracle
 from vllm_duo.compat.pool_report import LAYOUT
 from vllm_duo.kv_cache.formats import FORMATS
-from vllm_duo.kv_cache.manager import RingManager
+from vllm_duo.kv_cache.layout import Layout
+from vllm_duo.kv_cache.snapshot_manager import SnapshotManager
 
 pytestmark = [
     pytest.mark.engine,
@@ -58,6 +60,7 @@ def serve(checkpoint, tmp_path_factory):
             pattern,
             duo_settings=duo_settings,
             kv_cache_dtype=name,
+            block_size=BLOCK,
             **(sizes | limits | settings),
         )
 
@@ -69,61 +72,81 @@ def error_of(model, answers, form, *, streaming_quantised=False, prompts=PROMPTS
     return rms(errors(oracle, prompts, answers))
 
 
-def blocks_for(running, num_tokens):
-    """Pool blocks that hold all prompts at once, with so many tokens each."""
-    layout = getattr(running.core.scheduler, LAYOUT)
-    return 1 + len(PROMPTS) * layout.blocks(num_tokens)
+@dataclass(frozen=True)
+class Served:
+    """What an engine with room for everything answered, and what it made of its pool."""
+
+    answers: list[Answer]
+    again: list[Answer]
+    hits: int
+    layout: Layout
+    specs: list[AttentionSpec]
+    block_bytes: set[int]
 
 
-def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch):
-    """In chunks, with prefix caching, in a pool that holds four prompts and not their answers."""
-    model, form = checkpoint(SHAPE), FORMATS[name]
+@pytest.fixture(scope="module")
+def served(name, serve):
     with serve(name) as running:
-        pool = blocks_for(running, len(PROMPTS[0]) + ANSWER_TOKENS // 2)
-        layout = getattr(running.core.scheduler, LAYOUT)
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
         config = running.core.scheduler.kv_cache_config
-        stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
-        specs = [spec for group in config.kv_cache_groups for spec in specs_of(group)]
-    # Streaming heads keep float32, which counts in the bytes of a bin.
-    assert {spec.dtype for spec in specs} == {torch.float32, torch.uint8}
-    assert stored == {layout.block_bytes}
-    span, shape = layout.span, layout.shape
-    widest = max(sum(shape.streaming_heads[layer] for layer in layers) for layers in layout.bins)
-    bin_bytes = widest * span.block_size * 2 * SHAPE.head_size * 4
-    retrieval_bytes = sum(map(sum, MASK)) * layout.block_size * form.row_bytes(SHAPE.head_size)
-    assert layout.block_bytes == max(bin_bytes, retrieval_bytes)
+        managers = running.manager.coordinator.single_type_managers
+        (hits,) = {m.counts[0] for m in managers if isinstance(m, SnapshotManager)}
+        return Served(
+            answers,
+            again,
+            hits,
+            getattr(running.core.scheduler, LAYOUT),
+            [spec for g in config.kv_cache_groups for spec in iter_layer_specs(g.kv_cache_spec)],
+            {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors},
+        )
 
+
+def test_answers_are_those_of_what_is_kept(name, served, checkpoint):
+    """In chunks, and the second time from snapshots."""
+    model, form = checkpoint(SHAPE), FORMATS[name]
+    assert served.hits == len(PROMPTS), "every prompt was resumed at a snapshot"
+    for each in (served.answers, served.again):
+        error = error_of(model, each, form)
+        assert error <= ERROR
+        assert error_of(model, each, None) > MATTERS * error, "what is kept must matter"
+        both = error_of(model, each, form, streaming_quantised=True)
+        assert both > MATTERS * error, "what streaming heads keep must matter"
+
+
+def test_a_block_has_the_bytes_of_the_widest_group(name, served):
+    """Streaming heads keep float32."""
+    kinds = {(type(spec).__name__, spec.dtype.itemsize) for spec in served.specs}
+    assert kinds == {("RetrievalSpec", 1), ("StreamingSpec", 4)}
+    layout = served.layout
+    heads = layout.shape.streaming_heads
+    widest = max(sum(heads[layer] for layer in layers) for layers in layout.bins)
+    bin_bytes = widest * layout.span.block_size * 2 * SHAPE.head_size * 4
+    retrieval_heads = sum(map(sum, MASK))
+    retrieval_bytes = retrieval_heads * BLOCK * FORMATS[name].row_bytes(SHAPE.head_size)
+    assert served.block_bytes == {max(bin_bytes, retrieval_bytes)}
+
+
+def test_preempted_requests_answer_the_same(name, served, serve, checkpoint, monkeypatch):
+    """In a pool that holds four prompts and not their answers."""
+    pool = 1 + len(PROMPTS) * served.layout.blocks(len(PROMPTS[0]) + ANSWER_TOKENS // 2)
     with serve(name, num_gpu_blocks_override=pool) as running:
         stepper = Stepper(running, monkeypatch)
         for index, prompt in enumerate(PROMPTS):
             stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
         stepper.run()
         answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
-        again = running.generate(PROMPTS, ANSWER_TOKENS)
-        rings = [
-            manager
-            for manager in running.manager.coordinator.single_type_managers
-            if isinstance(manager, RingManager)
-        ]
-        hits = rings[0].counts[0]
     assert stepper.preempted
-    assert hits >= len(PROMPTS), "every prompt was resumed at a snapshot"
-    error = error_of(model, answers, form)
-    assert error <= ERROR
-    assert error_of(model, again, form) <= ERROR, "from cached prefixes"
-    assert error_of(model, answers, None) > MATTERS * error, "what is kept must matter"
-    both = error_of(model, answers, form, streaming_quantised=True)
-    assert both > MATTERS * error, "what streaming heads keep must matter"
+    assert error_of(checkpoint(SHAPE), answers, FORMATS[name]) <= ERROR
 
 
-def test_less_is_lost_than_with_all_heads_quantised(name, serve, checkpoint):
+def test_less_is_lost_than_with_all_heads_quantised(name, served, serve, checkpoint):
     """Against the oracle over the model's own numbers."""
-    lost = {}
-    for streaming in ("model", "same"):
-        with serve(name, streaming, enable_prefix_caching=False) as running:
-            answers = running.generate(PROMPTS, ANSWER_TOKENS)
-        lost[streaming] = error_of(checkpoint(SHAPE), answers, None)
-    assert lost["model"] < lost["same"], lost
+    with serve(name, "same") as running:
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+    model = checkpoint(SHAPE)
+    lost, lost_by_all = (error_of(model, each, None) for each in (served.answers, answers))
+    assert lost < lost_by_all
 
 
 @pytest.mark.slow
@@ -154,10 +177,3 @@ def test_drafts_change_nothing_that_is_kept(name, serve, checkpoint):
     error = error_of(model, answers, FORMATS[name], prompts=prompts)
     assert error <= ERROR
     assert error_of(model, answers, None, prompts=prompts) > MATTERS * error, "it must matter"
-
-
-def specs_of(group):
-    """Specs of a group's layers."""
-    from vllm.v1.kv_cache_interface import iter_layer_specs
-
-    return iter_layer_specs(group.kv_cache_spec)

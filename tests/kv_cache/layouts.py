@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from vllm_duo.kv_cache.formats import FORMATS, row_bytes
 from vllm_duo.kv_cache.layout import Layout, plan_layout
-from vllm_duo.kv_cache.rounding import cdiv
 from vllm_duo.kv_cache.shape import KVShape
 
 lengths = st.integers(1, 5000)
@@ -56,11 +55,9 @@ def shape_of(
 
 
 def is_within_stock(layout: Layout, num_tokens: int) -> bool:
-    """At most what stock vLLM holds and one block a group; streaming heads count with their bytes."""
-    width = max(rank.paged_token_bytes for rank in layout.ranks)
-    width += max(rank.num_streaming * rank.streaming_token_bytes for rank in layout.ranks)
-    stock = cdiv(num_tokens, layout.block_size) * layout.block_size * width
-    return layout.held_bytes(num_tokens) <= stock + layout.num_groups * layout.block_bytes
+    """At most what stock vLLM holds and one block a group."""
+    allowed = layout.full_attention_bytes(num_tokens) + layout.num_groups * layout.block_bytes
+    return layout.held_bytes(num_tokens) <= allowed
 
 
 def partitions(layers: list[int]):

@@ -152,7 +152,7 @@ def search_windows(
             reference_tokens=reference_tokens,
             tolerance=WINDOW_TOLERANCE,
             max_bins=MAX_BINS,
-            bounded=len(loads) == 1,
+            bounded=len(loads) == 1 and ranks[0].has_one_format,
         ),
     )
     sizes = {kind: packed.streaming_block for kind, packed in zip(kinds, choice.kinds, strict=True)}

@@ -314,8 +314,8 @@ def plan_layout(
     the least bytes at ``reference_tokens``, that with the fewest bins is chosen, then with the
     least bytes, then with the largest ``P_s``. Where layers have windows of their own, every bin's
     heads keep the same, ``P_s`` is chosen for each kind of bin, and stock stands for all heads paged.
-    Where streaming heads keep the model's dtype beside quantised retrieval heads, it stands for both
-    paged, each with its own bytes.
+    Where streaming heads keep the model's dtype beside quantised retrieval heads, short requests hold
+    more than stock's, which quantises all: all layouts are taken.
 
     Args:
         shape: KV heads by class; of each rank (``KVShape.split``) where there are several.

@@ -83,7 +83,7 @@ class _Search:
         self.head_bytes = ranks[0].streaming_token_bytes
         self.most_streaming = max(rank.num_streaming for rank in ranks)
         totals = {(rank.num_retrieval, rank.num_streaming) for rank in ranks}
-        self.are_alike = len(totals) == 1
+        self.is_bounded = len(totals) == 1 and ranks[0].has_one_format
         self.block_size = block_size
         self.slots = slots
         self.reach = min(slots, reference_tokens)
@@ -110,7 +110,7 @@ class _Search:
             for choice in self._candidates(bins):
                 if choice.held > least * (1 + HELD_TOLERANCE):
                     continue
-                if not self.are_alike or self._is_within_stock(choice):
+                if not self.is_bounded or self._is_within_stock(choice):
                     within.append(choice)
                     least = min(least, choice.held)
                 else:
@@ -169,7 +169,6 @@ class _Search:
     def _is_within_stock(self, choice: _Candidate) -> bool:
         """Whether no request holds more than stock vLLM's and one block a group.
 
-        Streaming heads that keep the model's dtype beside quantised ones count with it in stock's, too.
         Worst are the requests whose last token opened a streaming block: between two of them, and
         beyond the run, stock grows at least as fast.
         """

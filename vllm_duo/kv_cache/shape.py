@@ -140,6 +140,11 @@ class KVShape:
         return self.token_bytes if self.streaming_quantised else self._model_token_bytes
 
     @property
+    def has_one_format(self) -> bool:
+        """Whether a token takes as many bytes in a head of either class."""
+        return self.streaming_token_bytes == self.token_bytes
+
+    @property
     def _model_token_bytes(self) -> int:
         return 2 * self.head_size * self.dtype_bytes
 
