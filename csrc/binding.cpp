@@ -176,11 +176,14 @@ Rows rows_of(const char* name, const View& tensor) {
 
 Cache cache_of(const char* name, const View& tensor, const LayerStep& step, int64_t heads,
                int64_t block_size) {
-    const int64_t row = row_bytes(step.dtype, step.head_size) / element_bytes(step.dtype);
+    // Quantised, or of the activations' dtype.
+    const bool quantised = is_quantised(tensor.dtype());
+    const Dtype dtype = quantised ? tensor.dtype() : step.activations;
+    const int64_t row = row_bytes(dtype, step.head_size) / element_bytes(dtype);
     if (tensor.ndim() != 4 || tensor.shape(1) != heads || tensor.shape(2) != block_size ||
-        tensor.shape(3) != row || tensor.stride(3) != 1 || tensor.dtype() != step.dtype) {
+        tensor.shape(3) != row || tensor.stride(3) != 1 || tensor.dtype() != dtype) {
         fail(std::string(name) + " cache must be [N, " + text(heads) + ", " + text(block_size) +
-             ", " + text(row) + "] of the " + (is_quantised(step.dtype) ? "quantised" : "key's") +
+             ", " + text(row) + "] of the " + (quantised ? "quantised" : "key's") +
              " dtype with a contiguous last dimension, got " + shape_of(tensor));
     }
     return {tensor.data(), tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.shape(0)};
@@ -223,8 +226,10 @@ void set_class(const char* name, HeadClass& to, const std::vector<int32_t>& head
         fail("the layer has " + text(static_cast<int64_t>(heads.size())) + " " + name +
              " heads and no " + name + " cache");
     }
-    to.cache = cache_of(name, View(cache), step, static_cast<int64_t>(heads.size()),
-                        blocks->table.block_size);
+    const View view(cache);
+    to.cache =
+        cache_of(name, view, step, static_cast<int64_t>(heads.size()), blocks->table.block_size);
+    to.dtype = view.dtype();
     to.table = blocks->table;
     to.heads = heads.data();
     to.num_heads = static_cast<int>(heads.size());
@@ -283,24 +288,19 @@ const Kernels* chosen = nullptr;
 void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle query,
          nb::handle key_tuple, nb::handle value_tuple, nb::handle output, float scale, int first,
          int last, nb::handle retrieval, const BlockTable* paged, nb::handle streaming,
-         const BlockTable* ring, const Copies* copies, int cache_dtype, float key_scale,
-         float value_scale, bool check) {
+         const BlockTable* ring, const Copies* copies, float key_scale, float value_scale,
+         bool check) {
     const View key(key_tuple), value(value_tuple);
     check_activations(key, value, heads, batch);
     LayerStep step{};
     step.activations = key.dtype();
-    step.dtype = static_cast<Dtype>(cache_dtype);
-    if (step.dtype != key.dtype() && !is_quantised(step.dtype)) {
-        fail("caches must be of the key's dtype or quantised");
-    }
     // Greater than zero, also where it is NaN.
     if (!(key_scale > 0) || !(value_scale > 0)) {
         fail("the scales of a quantised cache must be positive, got " + std::to_string(key_scale) +
              " and " + std::to_string(value_scale));
     }
-    const bool own = scale_bytes(step.dtype) > 0;
-    step.key_scale = own ? 1.0f : key_scale;
-    step.value_scale = own ? 1.0f : value_scale;
+    step.key_scale = key_scale;
+    step.value_scale = value_scale;
     step.head_size = static_cast<int>(key.shape(2));
     step.key = rows_of("key", key);
     step.value = rows_of("value", value);
@@ -309,6 +309,11 @@ void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle que
     step.num_requests = static_cast<int>(batch.requests.size());
     set_class("retrieval", step.classes[0], heads.classes[0], retrieval, paged, step, batch, check);
     set_class("streaming", step.classes[1], heads.classes[1], streaming, ring, step, batch, check);
+    const Dtype retrieval_dtype = step.classes[0].dtype, streaming_dtype = step.classes[1].dtype;
+    if (is_quantised(retrieval_dtype) && is_quantised(streaming_dtype) &&
+        retrieval_dtype != streaming_dtype) {
+        fail("the retrieval and the streaming cache have two quantised dtypes, expected one");
+    }
     if (phases & ATTEND) {
         set_queries(step, View(query), View(output), key);
         if (first < 0 || first > last || last > step.num_requests) {
@@ -359,8 +364,8 @@ NB_MODULE(_cpu, module) {
                nb::arg("query").none(), nb::arg("key"), nb::arg("value"), nb::arg("output").none(),
                nb::arg("scale"), nb::arg("first"), nb::arg("last"), nb::arg("retrieval").none(),
                nb::arg("paged").none(), nb::arg("streaming").none(), nb::arg("ring").none(),
-               nb::arg("copies").none(), nb::arg("cache_dtype"), nb::arg("key_scale"),
-               nb::arg("value_scale"), nb::arg("check"));
+               nb::arg("copies").none(), nb::arg("key_scale"), nb::arg("value_scale"),
+               nb::arg("check"));
     module.def("isa", [] { return std::string(chosen ? chosen->name : best_kernels().name); });
     module.def("force_isa", [](const std::string& name) { chosen = &kernels_named(name); });
     module.def("supported_isas", &supported_isas);

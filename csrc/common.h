@@ -54,6 +54,7 @@ struct Request {
 // (j < sink or j > i - recent), and position p >= sink lives in slot sink + (p - sink) % ring;
 // otherwise it sees all j <= i, and position p lives in slot p.
 struct HeadClass {
+    Dtype dtype = Dtype::f32;  // of the cache: that of the activations, or a quantised one
     Cache cache;
     Table table;
     const int32_t* heads = nullptr;  // KV heads of the layer, ascending
@@ -64,9 +65,10 @@ struct HeadClass {
     int64_t ring = 0;
 };
 
-// One layer's work in one step.
+// One layer's work in one step; while it runs, as one class of heads meets it: two classes may keep
+// their keys and values in different dtypes.
 struct LayerStep {
-    Dtype dtype;        // of the caches, and of keys and values once they are quantised
+    Dtype dtype;        // of the class's cache, and of keys and values once they are quantised
     Dtype activations;  // of queries and output, and of keys and values before
     int head_size;
     int group;  // query heads of a KV head

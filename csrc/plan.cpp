@@ -21,11 +21,12 @@ float* Scratch::floats(int64_t count) {
     return data_.get();
 }
 
-void Plan::make(const LayerStep& step, const Kernels& kernels, int first, int last) {
+void Plan::make(const LayerStep* steps, const Kernels& kernels, int first, int last) {
     items_.clear();
     partial_offset_.clear();
     partial_floats_ = thread_floats_ = cost_ = 0;
     for (int head_class = 0; head_class < 2; ++head_class) {
+        const LayerStep& step = steps[head_class];
         if (step.classes[head_class].num_heads == 0) continue;
         for (int request = first; request < last; ++request) {
             if (step.requests[request].length == 0) continue;
@@ -110,10 +111,11 @@ void Plan::sort_by_cost() {
     }
 }
 
-void Plan::work(const LayerStep& step, const Kernels& kernels, int threads, float* scratch) {
+void Plan::work(const LayerStep* steps, const Kernels& kernels, int threads, float* scratch) {
     const auto count = static_cast<int64_t>(items_.size());
     for (int64_t i = next_++; i < count;) {
         const Item& item = items_[order_[i]];
+        const LayerStep& step = steps[item.head_class];
         if (!is_decoded(step.requests[item.request])) {
             kernels.prefill(step, item, scratch);
             i = next_++;
@@ -124,14 +126,19 @@ void Plan::work(const LayerStep& step, const Kernels& kernels, int threads, floa
         const bool early = next_.load(std::memory_order_relaxed) + threads - 1 < count;
         const int64_t following = early ? next_++ : count;
         const Item* next = following < count ? &items_[order_[following]] : nullptr;
-        if (next && !is_decoded(step.requests[next->request])) next = nullptr;
-        decode(step, kernels, item, next, scratch);
+        // An item knows where the keys of its own dtype lie.
+        if (next && (!is_decoded(step.requests[next->request]) ||
+                     steps[next->head_class].dtype != step.dtype)) {
+            next = nullptr;
+        }
+        decode(steps, kernels, item, next, scratch);
         i = early ? following : next_++;
     }
 }
 
-void Plan::decode(const LayerStep& step, const Kernels& kernels, const Item& item,
+void Plan::decode(const LayerStep* steps, const Kernels& kernels, const Item& item,
                   const Item* following, float* scratch) {
+    const LayerStep& step = steps[item.head_class];
     kernels.decode(step, item, following, scratch);
     if (item.num_items == 1) return;
     // Whoever ends a request's and head's last item merges them.

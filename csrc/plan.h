@@ -44,20 +44,21 @@ class Scratch {
 // Items of a step, most costly first in `order`; reused from step to step.
 class Plan {
   public:
-    // Plans the attention of requests [first, last).
-    void make(const LayerStep& step, const Kernels& kernels, int first, int last);
+    // Plans the attention of requests [first, last). `steps`: the step as each class meets it, here
+    // and below.
+    void make(const LayerStep* steps, const Kernels& kernels, int first, int last);
 
     int64_t cost() const { return cost_; }
     int64_t thread_floats() const { return thread_floats_; }
 
     // Computes items until none is left; for each of so many threads, with thread_floats() floats
     // of its own.
-    void work(const LayerStep& step, const Kernels& kernels, int threads, float* scratch);
+    void work(const LayerStep* steps, const Kernels& kernels, int threads, float* scratch);
 
   private:
     void add_decode(const LayerStep& step, const Kernels& kernels, int request, int head_class);
     void add_prefill(const LayerStep& step, const Kernels& kernels, int request, int head_class);
-    void decode(const LayerStep& step, const Kernels& kernels, const Item& item,
+    void decode(const LayerStep* steps, const Kernels& kernels, const Item& item,
                 const Item* following, float* scratch);
     void assign_partials();
     void sort_by_cost();

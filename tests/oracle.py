@@ -27,8 +27,10 @@ def _rule(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwa
     mask = torch.where(torch.as_tensor(retrieval)[:, None, None], causal, window)  # [Hkv, n, n]
     mask = mask.repeat_interleave(group, 0)
     if module.duo_form is not None:
+        own = torch.as_tensor(retrieval)[:, None, None] | module.duo_streaming_quantised
         kept = quantise(key.transpose(1, 2), value.transpose(1, 2), module.duo_form)
-        key, value = (t.transpose(1, 2).float() for t in dequantise(kept, module.duo_form))
+        kept = (t.transpose(1, 2).float() for t in dequantise(kept, module.duo_form))
+        key, value = (torch.where(own, *both) for both in zip(kept, (key, value), strict=True))
     key = key[0].repeat_interleave(group, 0)
     value = value[0].repeat_interleave(group, 0)
     logits = (query[0] @ key.mT) * scaling
@@ -57,6 +59,7 @@ class Oracle:
         sink_size: tokens.
         recent_size: tokens.
         form: of a quantised cache, whose numbers it computes with; None: keys and values as they are.
+        streaming_quantised: False: of streaming heads it takes keys and values as they are.
         windows: per layer a sliding window of the model's own, in tokens, or None; its row of
             ``retrieval`` is not read. Empty: no layer has one.
     """
@@ -69,11 +72,13 @@ class Oracle:
         recent_size: int,
         form=None,
         windows=(),
+        streaming_quantised=True,
     ) -> None:
         self.model = self.load(str(model))
         self.retrieval = np.asarray(retrieval, dtype=bool)
         self.sizes = (sink_size, recent_size)
         self.form = form
+        self.streaming_quantised = streaming_quantised
         self.windows = windows or [None] * len(self.retrieval)
 
     load = staticmethod(_load)
@@ -96,6 +101,7 @@ class Oracle:
                 retrieval if window is None else np.zeros_like(retrieval)
             )
             layer.self_attn.duo_form = self.form
+            layer.self_attn.duo_streaming_quantised = self.streaming_quantised
             layer.self_attn.duo_sink, layer.self_attn.duo_recent = sizes
         return self.logits(token_ids).float().log_softmax(-1)
 

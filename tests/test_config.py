@@ -13,7 +13,7 @@ from vllm_duo.heads import HeadPattern
 
 TOKENS = "a whole number of tokens from"
 KEYS = "pattern, sparsity, threshold, sink_size, recent_size, snapshot_interval, "
-KEYS += "balance, retrieval_prefill, untested_gpu, untested_model_runner"
+KEYS += "streaming_cache_dtype, balance, retrieval_prefill, untested_gpu, untested_model_runner"
 
 
 def read(**settings) -> DuoConfig:
@@ -36,6 +36,7 @@ class TestReading:
         settings = {"pattern": "x", "sparsity": 0.25, "sink_size": 4, "recent_size": 16}
         settings |= {"snapshot_interval": 512, "retrieval_prefill": "triton", "untested_gpu": True}
         settings |= {"balance": True, "untested_model_runner": True}
+        settings |= {"streaming_cache_dtype": "model"}
         assert read(**settings).model_dump() == {**settings, "threshold": None}
 
     def test_threshold_is_read(self):

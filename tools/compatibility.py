@@ -95,6 +95,8 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "quantised KV cache, fp8": "`fp8`, `fp8_e5m2`, `fp8_per_token_head` ([how](quantised-kv.md))",
         "quantised KV cache, int8": "`int8_per_token_head`",
         "quantised KV cache, int4": "`int4_per_token_head`",
+        "quantised KV cache, of the retrieval heads alone": "`streaming_cache_dtype` "
+        "([why](quantised-kv.md#streaming-heads-in-the-models-own-type))",
         "quantised KV cache, other formats": "`nvfp4`, `turboquant_...`, `ultraquant_4bit`",
         "quantised KV cache, some layers": "`--kv-cache-dtype-skip-layers`",
         "quantised KV cache, by the checkpoint": "`kv_cache_scheme`",

@@ -54,7 +54,6 @@ def run(
     streaming: View | None,
     ring: BlockTable | None,
     copies: Copies | None,
-    cache_dtype: int,
     key_scale: float,
     value_scale: float,
     check: bool,

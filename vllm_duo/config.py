@@ -51,6 +51,7 @@ _Interval = Annotated[int, BeforeValidator(_refuse_lookalikes), Field(ge=1, le=M
 
 _Flag = Annotated[bool, Field(strict=True)]
 RetrievalPrefill = Literal["auto", "triton", "flash-attn", "flashinfer"]
+StreamingCacheDtype = Literal["same", "model"]
 
 _SIZE_CHECKS = {"sink_size": TypeAdapter(_SinkSize), "recent_size": TypeAdapter(_RecentSize)}
 _ALLOWED = {
@@ -60,6 +61,7 @@ _ALLOWED = {
     "sink_size": f"a whole number of tokens from 0 to {MAX_SIZE_TOKENS}",
     "recent_size": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
     "snapshot_interval": f"a whole number of tokens from 1 to {MAX_SIZE_TOKENS}",
+    "streaming_cache_dtype": "same or model",
     "balance": "true or false",
     "retrieval_prefill": "auto, triton, flash-attn or flashinfer",
     "untested_gpu": "true or false",
@@ -78,6 +80,8 @@ class DuoConfig(BaseModel):
         recent_size: most recent tokens that streaming heads keep, the current one included.
         snapshot_interval: with prefix caching, tokens between the regular snapshots of streaming
             heads, rounded up to whole blocks. Not given, it is at least the model's own sliding window.
+        streaming_cache_dtype: with a quantised KV cache, what the streaming heads keep: "same", as the
+            retrieval heads; "model", numbers of the model's own dtype.
         balance: under tensor parallelism, whether every rank streams the same share of its heads; not
             together with `threshold`.
         retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
@@ -93,6 +97,7 @@ class DuoConfig(BaseModel):
     sink_size: _SinkSize | None = None
     recent_size: _RecentSize | None = None
     snapshot_interval: _Interval = DEFAULT_SNAPSHOT_INTERVAL
+    streaming_cache_dtype: StreamingCacheDtype = "same"
     balance: _Flag = False
     retrieval_prefill: RetrievalPrefill = "auto"
     untested_gpu: _Flag = False
@@ -134,6 +139,8 @@ class ResolvedDuo:
         sink_size: tokens.
         recent_size: tokens.
         snapshot_interval: tokens between the regular snapshots, with prefix caching.
+        streaming_cache_dtype: "model": streaming heads keep the model's own dtype beside a quantised
+            cache of the retrieval heads.
         balance: whether every tensor-parallel rank streams the same share of its heads.
         retrieval_prefill: on a GPU, which kernel serves the retrieval heads of prefills.
         cut: which setting made the selection, and `cut_value` its value.
@@ -150,6 +157,7 @@ class ResolvedDuo:
     sink_source: Source
     recent_source: Source
     snapshot_interval: int = DEFAULT_SNAPSHOT_INTERVAL
+    streaming_cache_dtype: StreamingCacheDtype = "same"
     balance: bool = False
     retrieval_prefill: RetrievalPrefill = "auto"
 
@@ -204,6 +212,7 @@ def resolve(
         sink_source=sink_source,
         recent_source=recent_source,
         snapshot_interval=_interval(config, windows),
+        streaming_cache_dtype=config.streaming_cache_dtype,
         balance=config.balance,
         retrieval_prefill=config.retrieval_prefill,
     )
@@ -242,6 +251,7 @@ def resolve_without_pattern(config: DuoConfig, windows: Windows, num_kv_heads: i
         sink_source="default",
         recent_source="default",
         snapshot_interval=_interval(config, windows),
+        streaming_cache_dtype=config.streaming_cache_dtype,
         balance=config.balance,
         retrieval_prefill=config.retrieval_prefill,
     )

@@ -78,7 +78,15 @@ class DuoStatLogger(StatLoggerBase):
         info = _gauge(
             f"{PREFIX}info",
             "Head pattern and settings in force",
-            ["engine", "pattern", "sparsity", "mask_hash", "sink_size", "recent_size"],
+            [
+                "engine",
+                "pattern",
+                "sparsity",
+                "mask_hash",
+                "sink_size",
+                "recent_size",
+                "streaming_cache_dtype",
+            ],
         )
         for labels in [key for key in info._metrics if key[0] == self.engine]:
             info.remove(*labels)  # of an earlier engine in this process
@@ -89,6 +97,7 @@ class DuoStatLogger(StatLoggerBase):
             resolved.selection.mask_hash,
             str(resolved.sink_size),
             str(resolved.recent_size),
+            resolved.streaming_cache_dtype,
         ).set(1)
 
     def record(

@@ -90,6 +90,11 @@ class ServerPlan:
         return mask
 
     @property
+    def streaming_quantised(self) -> bool:
+        """Whether the streaming heads' cache is quantised where the retrieval heads' is."""
+        return self.resolved.streaming_cache_dtype == "same"
+
+    @property
     def pattern_name(self) -> str:
         """The pattern's folder name, for logs."""
         if slides_throughout(self.windows):
@@ -114,7 +119,7 @@ class ServerPlan:
 
         Args:
             head_size: D.
-            dtype_bytes: bytes of a cache element.
+            dtype_bytes: bytes of a number of the model's own dtype.
             row_bytes: bytes of a token in one KV head of a quantised cache.
             block_size: tokens of a retrieval block, vLLM's ``--block-size``.
             max_model_len: longest request, in tokens.
@@ -129,6 +134,7 @@ class ServerPlan:
                 head_size=head_size,
                 dtype_bytes=dtype_bytes,
                 row_bytes=row_bytes,
+                streaming_quantised=self.streaming_quantised,
                 tensor_parallel_size=self.tensor_parallel_size,
                 draft_token_bytes=drafts.token_bytes(self.tensor_parallel_size),
                 stage_sizes=self.stage_sizes or None,

@@ -12,7 +12,8 @@ using DecodeItem = void(const LayerStep& step, const Item& item, const Item* fol
 using PrefillItem = void(const LayerStep& step, const Item& item, float* scratch);
 // Merges the partial results of one request and head into the output.
 using MergeItems = void(const LayerStep& step, const Item* items, int count);
-// Quantises keys and values of the tokens [first, last) to rows of [T, heads, row_bytes].
+// Quantises keys and values of the tokens [first, last) to rows of [T, heads, row_bytes]; those of
+// the classes whose caches have the step's dtype.
 using QuantiseTokens = void(const LayerStep& step, int heads, int64_t first, int64_t last,
                             char* to);
 using CountFloats = int64_t(int64_t rows, int head_size);

@@ -116,13 +116,18 @@ template <typename T>
 void quantise_as(const LayerStep& step, int heads, int64_t first, int64_t last, char* to) {
     const int64_t bytes = row_bytes(step.dtype, step.head_size);
     for (int64_t token = first; token < last; ++token) {
-        for (int head = 0; head < heads; ++head) {
-            char* row = to + (token * heads + head) * bytes;
-            char* value = row + number_bytes(step.dtype, step.head_size);
-            const float scales[2] = {
-                quantise_activations<T>(step, step.key, token, head, step.key_scale, row),
-                quantise_activations<T>(step, step.value, token, head, step.value_scale, value)};
-            std::memcpy(row + bytes - scale_bytes(step.dtype), scales, scale_bytes(step.dtype));
+        for (const HeadClass& own : step.classes) {
+            if (own.dtype != step.dtype) continue;
+            for (int i = 0; i < own.num_heads; ++i) {
+                const int head = own.heads[i];
+                char* row = to + (token * heads + head) * bytes;
+                char* value = row + number_bytes(step.dtype, step.head_size);
+                const float scales[2] = {
+                    quantise_activations<T>(step, step.key, token, head, step.key_scale, row),
+                    quantise_activations<T>(step, step.value, token, head, step.value_scale,
+                                            value)};
+                std::memcpy(row + bytes - scale_bytes(step.dtype), scales, scale_bytes(step.dtype));
+            }
         }
     }
 }

@@ -35,7 +35,9 @@ def write_pattern(folder: Path, retrieval) -> Path:
 class Engine:
     """vLLM's offline engine with duo, or stock where ``retrieval`` is None."""
 
-    def __init__(self, model, pattern=None, *, sink_size=20, recent_size=75, **settings):
+    def __init__(
+        self, model, pattern=None, *, sink_size=20, recent_size=75, duo_settings=None, **settings
+    ):
         from vllm import LLM
 
         duo = {}
@@ -49,6 +51,7 @@ class Engine:
                         "sink_size": sink_size,
                         "recent_size": recent_size,
                         **SETTINGS,
+                        **(duo_settings or {}),
                     }
                 },
             }

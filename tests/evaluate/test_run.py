@@ -90,13 +90,18 @@ def test_both_sides_are_asked_the_same(monkeypatch, tmp_path):
         return {"rounds": [["" for _ in asked] for asked in job["rounds"]], "logprobs": []}
 
     monkeypatch.setattr(module, "answers_of", answers_of)
-    given = settings_of(sparsities=(0.25, 0.5), pattern=str(MODEL / "duo_pattern"), sink_size=4)
+    heads = {
+        "pattern": str(MODEL / "duo_pattern"),
+        "sink_size": 4,
+        "streaming_cache_dtype": "model",
+    }
+    given = settings_of(sparsities=(0.25, 0.5), **heads)
     evaluate(given, tmp_path, count_tokens=count_words, vocabulary=10)
     assert list(jobs) == ["full", "duo-0.25", "duo-0.5"]
     assert jobs["full"]["rounds"] == jobs["duo-0.25"]["rounds"] == jobs["duo-0.5"]["rounds"]
     assert "attention_backend" not in jobs["full"]["engine"]
     duo = jobs["duo-0.5"]["engine"]["additional_config"]["duo"]
-    assert duo == {"pattern": str(MODEL / "duo_pattern"), "sparsity": 0.5, "sink_size": 4}
+    assert duo == {**heads, "sparsity": 0.5}
     masks = [jobs[name]["selection"]["mask_hash"] for name in ("duo-0.25", "duo-0.5")]
     assert len(set(masks)) == 2
     longest = max(count_words(q["prompt"]) + q["max_tokens"] for q in jobs["full"]["rounds"][0])

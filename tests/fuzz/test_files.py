@@ -60,6 +60,7 @@ class TestSettings:
             "recent_size": sizes,
             "snapshot_interval": sizes,
             "retrieval_prefill": st.sampled_from(["auto", "triton"]),
+            "streaming_cache_dtype": st.sampled_from(["same", "model"]),
             "untested_gpu": st.booleans(),
             "untested_model_runner": st.booleans(),
         }

@@ -12,8 +12,10 @@ from tests.kv_cache.layouts import lengths, plans, shape_of
 from tests.published import published_layout
 from vllm_duo.heads.discovery import list_shipped
 from vllm_duo.kv_cache.capacity import Capacity
+from vllm_duo.kv_cache.formats import FORMATS, row_bytes
 from vllm_duo.kv_cache.layout import KVShape, plan_layout
 from vllm_duo.kv_cache.span import ANY_LENGTH, StreamingSpan
+from vllm_duo.model_facts import HEAD_SIZES
 
 
 class TestWorkedExamples:
@@ -129,6 +131,66 @@ class TestRefusals:
             layout.bin_of(1)
 
 
+def token_bytes(shape):
+    """Bytes of a token in a retrieval and in a streaming head."""
+    model = 2 * shape.head_size * shape.dtype_bytes
+    quantised = model if shape.row_bytes is None else shape.row_bytes
+    return quantised, quantised if shape.streaming_quantised else model
+
+
+class TestStreamingHeadsInTheModelsDtype:
+    """Beside retrieval heads of fewer bytes."""
+
+    @pytest.mark.parametrize(("quantised", "blocks"), [(True, 256 + 3), (False, 256 + 10)])
+    def test_llama_3_1_8b_with_four_bits(self, quantised, blocks):
+        """R = S = 128, D 128: a head's token has 136 bytes, in bf16 512, so a block has 34 such."""
+        (shape,) = KVShape.split(
+            [[True] * 4 + [False] * 4] * 32,
+            head_size=128,
+            dtype_bytes=2,
+            row_bytes=136,
+            streaming_quantised=quantised,
+        )
+        layout = plan_layout(shape, block_size=128, sink_size=64, recent_size=256)
+        assert layout.block_bytes == 128 * 128 * 136
+        assert layout.span.block_size == (128 if quantised else 34)
+        assert (layout.blocks(32_768), len(layout.bins)) == (blocks, 1)
+        # Stock keeps everything in four bits.
+        assert layout.full_attention.block_bytes == 2 * layout.block_bytes
+
+    def test_needed_bytes(self):
+        shape = replace(shape_of([3], [5], row_bytes=136), head_size=128, dtype_bytes=2)
+        layout = plan_layout(shape, block_size=16, sink_size=64, recent_size=256)
+        assert layout.needed_bytes(1000) == 1_227_200
+        assert layout.constant_bytes(shape) == 5 * 320 * 512
+
+    def test_an_unquantised_cache_is_the_same_either_way(self):
+        sizes = {"block_size": 16, "sink_size": 64, "recent_size": 256}
+        one, other = (
+            plan_layout(replace(shape_of([3], [5]), streaming_quantised=each), **sizes)
+            for each in (True, False)
+        )
+        assert (one.block_bytes, one.span, one.bins) == (other.block_bytes, other.span, other.bins)
+
+    @given(
+        plans,
+        st.sampled_from(HEAD_SIZES),
+        st.sampled_from(sorted(FORMATS)),
+    )
+    def test_every_cache_is_aligned_to_its_numbers(self, layout, head_size, name):
+        """So that a view of the pool in the model's dtype exists, whatever the format beside it."""
+        shape = replace(
+            layout.shape,
+            head_size=head_size,
+            row_bytes=row_bytes(name, head_size),
+            streaming_quantised=False,
+            draft_token_bytes=0,
+        )
+        assert [size % shape.dtype_bytes for size in token_bytes(shape)] == [0, 0]
+        layout = plan_layout(shape, block_size=layout.block_size, sink_size=20, recent_size=75)
+        assert layout.block_bytes % shape.dtype_bytes == 0
+
+
 class TestLayoutProperties:
     @given(plans)
     def test_bins_partition_the_streaming_layers(self, layout):
@@ -139,12 +201,13 @@ class TestLayoutProperties:
 
     @given(plans)
     def test_no_group_is_wider_than_a_block(self, layout):
-        token, span = layout.shape.token_bytes, layout.span
-        paged = sum(layout.shape.retrieval_heads) * token + layout.shape.draft_token_bytes
+        retrieval, streaming = token_bytes(layout.shape)
+        span = layout.span
+        paged = sum(layout.shape.retrieval_heads) * retrieval + layout.shape.draft_token_bytes
         groups = [paged * layout.block_size]
         for layers in layout.bins:
             heads = sum(layout.shape.streaming_heads[layer] for layer in layers)
-            groups.append(heads * span.block_size * token)
+            groups.append(heads * span.block_size * streaming)
         assert max(groups) <= layout.block_bytes
 
     @given(plans, lengths)
@@ -155,9 +218,10 @@ class TestLayoutProperties:
             position < span.sink_size or position > num_tokens - 1 - span.recent_size
             for position in range(num_tokens)
         )
-        needed = sum(shape.retrieval_heads) * num_tokens + sum(shape.streaming_heads) * seen
+        retrieval, streaming = token_bytes(shape)
+        needed = sum(shape.retrieval_heads) * num_tokens * retrieval
+        needed += sum(shape.streaming_heads) * seen * streaming
         drafts = shape.draft_token_bytes * num_tokens
-        needed *= 2 * shape.head_size * shape.dtype_bytes
         assert layout.needed_bytes(num_tokens) == needed + drafts
 
     @given(plans, lengths)

@@ -55,6 +55,26 @@ class TestShippedPatterns:
 
 
 @pytest.mark.parametrize("block_size", [16, 128])
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "int8_per_token_head", "int4_per_token_head"])
+@pytest.mark.parametrize("name", list_shipped())
+def test_streaming_heads_in_bfloat16_beside_quantised_ones(
+    name, kv_cache_dtype, sparsity, block_size
+):
+    layout = published_layout(
+        name,
+        sparsity,
+        block_size=block_size,
+        kv_cache_dtype=kv_cache_dtype,
+        streaming_quantised=False,
+    )
+    assert layout.waste(4096) <= 0.03
+    assert layout.waste(32_768) <= 0.01
+    assert layout.waste(131_072) <= 0.01
+    assert len(layout.bins) <= 6
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("name", list_shipped())
 def test_ranks_cost_no_more_than_their_totals(name, ranks, block_size):

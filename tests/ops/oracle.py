@@ -69,6 +69,7 @@ class Store:
         seed,
         draft_size=0,
         form=None,
+        streaming_quantised=True,
         scales=(1.0, 1.0),
     ):
         rng = np.random.default_rng(seed)
@@ -91,7 +92,7 @@ class Store:
             ring_size,
         )
 
-        def cache(blocks, heads, size):
+        def cache(blocks, heads, size, form=form):
             if form is None:
                 return torch.full((blocks, heads, size, 2 * head_size), torch.nan, dtype=dtype)
             # Ones everywhere are NaN in float8, and in the scales of integers.
@@ -101,11 +102,17 @@ class Store:
         self.caches = LayerCaches(
             retrieval=cache(2 * requests * width + 1, num_r, block_size) if num_r else None,
             paged=self.paged if num_r else None,
-            streaming=cache(2 * requests * ring_width + 1, num_s, streaming_block_size)
+            streaming=cache(
+                2 * requests * ring_width + 1,
+                num_s,
+                streaming_block_size,
+                form if streaming_quantised else None,
+            )
             if num_s
             else None,
             ring=self.ring if num_s else None,
             form=form,
+            streaming_quantised=streaming_quantised,
             key_scale=scales[0],
             value_scale=scales[1],
         )
@@ -120,7 +127,9 @@ class Store:
                 continue
             guard = torch.ones(len(cache), dtype=torch.bool)
             guard[table.block_table.flatten().long()] = False
-            assert (cache[guard].isnan() if self.caches.form is None else cache[guard] == 255).all()
+            assert (
+                cache[guard] == 255 if cache.dtype == torch.uint8 else cache[guard].isnan()
+            ).all()
 
 
 def contiguous(tensor):

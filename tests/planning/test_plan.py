@@ -207,6 +207,30 @@ def test_four_bits_and_half_of_the_heads_hold_seven_times_the_tokens(tmp_path):
     assert plan.times_full_attention == pytest.approx(256 / 259 * 2, rel=1e-3)
 
 
+def test_streaming_heads_in_bfloat16_beside_four_bits(tmp_path):
+    """The same in 40 GiB: 34 tokens of 128 streaming heads of 512 bytes fill a block, 320 are 10."""
+    plan = plan_memory(
+        PlanRequest(
+            model=write_model(tmp_path, 32, 32, 8, 4096),
+            duo={
+                "pattern": "Meta-Llama-3.1-8B-Instruct",
+                "streaming_cache_dtype": "model",
+            },
+            kv_cache_bytes=40 * GIB,
+            max_model_len=TOKENS,
+            kv_cache_dtype="int4_per_token_head",
+        )
+    )
+    assert (plan.block_bytes, plan.num_blocks) == (128 * 128 * 136, 19_275)
+    assert (plan.streaming_block_size, plan.streaming_blocks_per_request) == (34, 10)
+    assert plan.constant_bytes_per_request == 128 * 320 * 512
+    assert plan.bytes_per_token == 128 * 136
+    assert plan.times_unquantised_full_attention == (19_274 / 266) / (2_559 / 256)
+    # Full attention keeps four bits in every head.
+    assert plan.full.bytes_per_token == 256 * 136
+    assert plan.settings.streaming_cache_dtype == "model"
+
+
 def test_all_heads_streaming_fits_any_length(tmp_path):
     plan = plan_memory(
         PlanRequest(

@@ -26,6 +26,17 @@ def test_pattern_and_mask_are_logged(serve, messages):
     ]
 
 
+@pytest.mark.parametrize(
+    ("cache", "kept", "logged"),
+    [("int8_per_token_head", "model", 1), ("int8_per_token_head", "same", 0), ("auto", "model", 0)],
+)
+def test_what_streaming_heads_keep_is_logged(serve, messages, cache, kept, logged):
+    config = serve(duo={"streaming_cache_dtype": kept}, kv_cache_dtype=cache)
+    assert resolve_plan(config).resolved.streaming_cache_dtype == kept
+    text = "duo: retrieval heads keep int8_per_token_head, streaming heads float32"
+    assert sum(message.startswith(text) for _, message in messages) == logged
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_heads_may_lie_on_several_ranks_or_be_copied(serve, ranks):
     assert serve(tensor_parallel_size=ranks).parallel_config.tensor_parallel_size == ranks

@@ -87,6 +87,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.vllm_config = get_current_vllm_config()
         # What drafts has heads of its own, all of which keep every token.
         self.drafts = builds_drafter()
+        self.streaming_quantised = True
         # vLLM's name; 0 where the model has switched it off.
         self.sliding_window = sliding_window or None
         if self.drafts and sliding_window:
@@ -96,6 +97,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             )
         if not self.drafts:
             self._check_heads(plan_of(self.vllm_config))
+            self.streaming_quantised = plan_of(self.vllm_config).streaming_quantised
         self.layer_name: str | None = None
         self.heads: HeadMap | None = None
         self.sibling: SiblingCache | None = None
@@ -244,7 +246,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
     ) -> LayerCaches:
         quantised: dict[str, Any] = {}
         if self.form is not None:
-            quantised = {"form": self.form}
+            quantised = {"form": self.form, "streaming_quantised": self.streaming_quantised}
             if not self.form.token_scales:
                 quantised["key_scale"] = layer._k_scale_float
                 quantised["value_scale"] = layer._v_scale_float

@@ -99,8 +99,7 @@ def _spec_of_bin(
         slots_per_block=span.block_size,
         num_kv_heads=heads,
         head_size=layer.head_size,
-        dtype=layer.kv_cache_torch_dtype,
-        **_quantised(layer),
+        **_streaming_numbers(layer, vllm_config),
         sink_size=span.sink_size,
         recent_size=span.recent_size,
         draft_size=span.draft_size,
@@ -122,10 +121,17 @@ def _quantised(layer: CachedLayer) -> dict[str, Any]:
     }
 
 
+def _streaming_numbers(layer: CachedLayer, vllm_config: VllmConfig) -> dict[str, Any]:
+    """What a streaming cache's spec says of its numbers: the retrieval caches', or the model's own."""
+    if plan_of(vllm_config).streaming_quantised:
+        return {"dtype": layer.kv_cache_torch_dtype, **_quantised(layer)}
+    return {"dtype": vllm_config.model_config.dtype}
+
+
 def _layout(layer: CachedLayer, vllm_config: VllmConfig) -> Layout:
     return plan_of(vllm_config).layout(
         head_size=layer.head_size,
-        dtype_bytes=get_dtype_size(layer.kv_cache_torch_dtype),
+        dtype_bytes=get_dtype_size(vllm_config.model_config.dtype),
         row_bytes=row_bytes(layer.kv_cache_dtype, layer.head_size),
         block_size=vllm_config.cache_config.block_size,
         max_model_len=vllm_config.model_config.max_model_len,

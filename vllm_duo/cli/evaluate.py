@@ -59,6 +59,7 @@ def _read(
         sparsities=_numbers("--sparsity", heads.sparsity),
         sink_size=heads.sink_size,
         recent_size=heads.recent_size,
+        streaming_cache_dtype=heads.streaming_cache_dtype,
         tasks={"all": tuple(TASKS), "none": ()}.get(questions.tasks, _names(questions.tasks)),
         lengths=_numbers("--lengths", questions.lengths),
         samples=questions.samples,

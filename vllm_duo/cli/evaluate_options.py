@@ -19,6 +19,9 @@ class HeadOptions:
     sparsity: Annotated[str, Option(help="Shares that stream, one engine each.")] = "0.25,0.5,0.75"
     sink_size: Annotated[int | None, Option(help="Tokens; default as in the server.")] = None
     recent_size: Annotated[int | None, Option(help="Tokens; default as in the server.")] = None
+    streaming_cache_dtype: Annotated[
+        str | None, Option(help="With a quantised cache: same or model, as in the server.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,10 @@ def plan(
     ] = False,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
+    streaming_cache_dtype: Annotated[
+        str | None,
+        typer.Option(help="With a quantised cache, what streaming heads keep: same or model."),
+    ] = None,
     block_size: Annotated[
         int, typer.Option(help="Tokens of a block; vLLM takes 128 on CPUs, 16 on most GPUs.")
     ] = 128,
@@ -81,6 +85,7 @@ def plan(
         "threshold": threshold,
         "sink_size": sink_size,
         "recent_size": recent_size,
+        "streaming_cache_dtype": streaming_cache_dtype,
         "balance": balance or None,
     }
     request = PlanRequest(

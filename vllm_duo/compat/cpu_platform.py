@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.drafts import Drafts, draft_model_of, is_made_for_drafts
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
 from vllm_duo.support import check_supported, known_limits
@@ -89,6 +90,13 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         # choose a backend for them on their own.
         vllm_config.speculative_config.attention_backend = vllm_config.attention_config.backend
     _log_plan(plan, Drafts.of(vllm_config))
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype in FORMATS and not plan.streaming_quantised:
+        logger.info(
+            "duo: retrieval heads keep %s, streaming heads %s (streaming_cache_dtype model)",
+            cache_dtype,
+            str(vllm_config.model_config.dtype).removeprefix("torch."),
+        )
     for limit in known_limits(vllm_config):
         logger.warning("%s", limit)
 

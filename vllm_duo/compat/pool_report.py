@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_duo.drafts import Drafts, is_drafting_layer
 from vllm_duo.kv_cache.capacity import Capacity
+from vllm_duo.kv_cache.formats import row_bytes
 from vllm_duo.kv_cache.rank_caches import rank_block_bytes, rank_caches
 from vllm_duo.logging import get_logger
 
@@ -84,8 +85,8 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     drafts = Drafts.of(vllm_config)
     layout = plan.layout(
         head_size=spec.head_size,
-        dtype_bytes=spec.dtype.itemsize,
-        row_bytes=spec.state_content_bytes,
+        dtype_bytes=vllm_config.model_config.dtype.itemsize,
+        row_bytes=row_bytes(vllm_config.cache_config.cache_dtype, spec.head_size),
         block_size=spec.block_size,
         max_model_len=longest,
         drafts=drafts,

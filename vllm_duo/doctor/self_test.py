@@ -2,7 +2,8 @@
 
 Requests of random tensors are served as a server would: chunks of a prompt, then tokens one by one, two
 requests in a batch, and a third that resumes at a snapshot. Unused slots hold NaN, so that reading one
-shows. Some seconds at most.
+shows. Where the compiled kernels run, also with quantised retrieval heads beside streaming heads that
+keep the model's dtype. Some seconds at most.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vllm_duo.kv_cache.formats import FORMATS, CacheFormat
+from vllm_duo.ops import cpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable, SnapshotCopy
 from vllm_duo.ops.decode import decode
 from vllm_duo.ops.prefill import prefill
+from vllm_duo.ops.quantise import dequantise, quantise
 from vllm_duo.ops.snapshot import copy_snapshots
 from vllm_duo.ops.write_kv import write_retrieval, write_streaming
 
@@ -31,6 +35,7 @@ CHUNKS = (64, 31, 1)
 
 SNAPSHOT_TOKENS = 64
 DTYPES = (torch.float32, torch.bfloat16)
+QUANTISED = "int8_per_token_head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class Result:
     """One comparison.
 
     Attributes:
-        name: head size and dtype.
+        name: head size and dtype, and what the retrieval heads keep if that is another.
         error: largest absolute difference from float64; NaN where an output was not written.
         bound: twice the error of the same sums in the operators' own dtype, and one rounding.
     """
@@ -54,14 +59,15 @@ class Result:
 
 
 def self_test() -> list[Result]:
-    """Compare every dtype at two head sizes."""
-    return [
-        _compare(head_size, dtype, seed)
-        for seed, (head_size, dtype) in enumerate((d, t) for d in (64, 128) for t in DTYPES)
-    ]
+    """Compare every dtype at two head sizes, and with quantised retrieval heads at one."""
+    cases: list[tuple[int, torch.dtype, str | None]]
+    cases = [(head_size, dtype, None) for head_size in (64, 128) for dtype in DTYPES]
+    if cpu.runs(torch.empty(0)):
+        cases += [(64, dtype, QUANTISED) for dtype in DTYPES]
+    return [_compare(*case, seed) for seed, case in enumerate(cases)]
 
 
-def _compare(head_size: int, dtype: torch.dtype, seed: int) -> Result:
+def _compare(head_size: int, dtype: torch.dtype, cache_dtype: str | None, seed: int) -> Result:
     generator = torch.Generator().manual_seed(seed)
 
     def random(tokens: int, heads: int) -> torch.Tensor:
@@ -72,17 +78,31 @@ def _compare(head_size: int, dtype: torch.dtype, seed: int) -> Result:
     requests = [
         (random(n, kv_heads * GROUP), random(n, kv_heads), random(n, kv_heads)) for n in LENGTHS
     ]
-    served = _Served(head_size, dtype).serve(requests)
+    form = None if cache_dtype is None else FORMATS[cache_dtype]
+    served = _Served(head_size, dtype, form).serve(requests)
     error = plain_error = largest = 0.0
     for (q, k, v), output in zip(requests, served, strict=True):
-        exact, plain = _rules(q, k, v, dtype)
+        exact, plain = _rules(q, *_kept(k, v, form), dtype)
         wrong = (output.double() - exact).abs().max().item()
         error = math.nan if math.isnan(wrong) else max(error, wrong)
         plain_error = max(plain_error, (plain.double() - exact).abs().max().item())
         largest = max(largest, exact.abs().max().item())
     rounding = torch.finfo(dtype).eps * largest
     name = f"head size {head_size}, {str(dtype).removeprefix('torch.')}"
+    if cache_dtype is not None:
+        name += f", retrieval heads {cache_dtype}"
     return Result(name=name, error=error, bound=2 * plain_error + rounding)
+
+
+def _kept(
+    k: torch.Tensor, v: torch.Tensor, form: CacheFormat | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, Hkv, D] of what the caches keep; ``form``: of the retrieval heads."""
+    if form is None:
+        return k, v
+    quantised = torch.tensor(RETRIEVAL)[:, None]
+    kept = dequantise(quantise(k, v, form), form)
+    return torch.where(quantised, kept[0], k), torch.where(quantised, kept[1], v)
 
 
 def _rules(
@@ -116,7 +136,7 @@ def _rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype)
 class _Served:
     """Caches and tables for the requests of ``LENGTHS``; one row and one snapshot are spare."""
 
-    def __init__(self, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, head_size: int, dtype: torch.dtype, form: CacheFormat | None) -> None:
         self.scale = head_size**-0.5
         self.heads = HeadMap.from_mask(np.array(RETRIEVAL), torch.device("cpu"))
         rows = len(LENGTHS)
@@ -130,11 +150,18 @@ class _Served:
         def cache(blocks: int, heads: int, size: int) -> torch.Tensor:
             return torch.full((blocks, heads, size, 2 * head_size), torch.nan, dtype=dtype)
 
+        retrieval = cache(1 + rows * width, sum(RETRIEVAL), BLOCK_SIZE)
+        if form is not None:
+            # Ones everywhere are NaN in the scales.
+            shape = (*retrieval.shape[:3], form.row_bytes(head_size))
+            retrieval = torch.full(shape, 255, dtype=torch.uint8)
         self.caches = LayerCaches(
-            retrieval=cache(1 + rows * width, sum(RETRIEVAL), BLOCK_SIZE),
+            retrieval=retrieval,
             paged=PagedTable(paged, BLOCK_SIZE),
             streaming=cache(first + ring_width, len(RETRIEVAL) - sum(RETRIEVAL), RING_BLOCK_SIZE),
             ring=RingTable(ring, RING_BLOCK_SIZE, SINK_SIZE, RECENT_SIZE, RECENT_SIZE),
+            form=form,
+            streaming_quantised=False,
         )
 
     def serve(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from vllm_duo.config import StreamingCacheDtype
 from vllm_duo.evaluate.suite_files import hash_suite
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -34,6 +35,7 @@ class EvalSettings(BaseModel):
         suites_chat: whether those of suites do, whatever the others do.
         sink_size: of the streaming heads, in tokens; None: as the server would choose.
         recent_size: likewise.
+        streaming_cache_dtype: the server's; None: its default.
         seed: of all prompts.
         engine: arguments of ``vllm.LLM`` for both sides, such as ``{"dtype": "float32"}``.
     """
@@ -56,6 +58,7 @@ class EvalSettings(BaseModel):
     suites_chat: bool = False
     sink_size: int | None = None
     recent_size: int | None = None
+    streaming_cache_dtype: StreamingCacheDtype | None = None
     seed: int = 0
     engine: dict[str, Any] = Field(default_factory=dict)
 
@@ -110,5 +113,6 @@ class EvalSettings(BaseModel):
             "sparsity": sparsity,
             "sink_size": self.sink_size,
             "recent_size": self.recent_size,
+            "streaming_cache_dtype": self.streaming_cache_dtype,
         }
         return {key: value for key, value in given.items() if value is not None}

@@ -32,7 +32,7 @@ class Pool:
     """What all kinds share.
 
     Attributes:
-        head_bytes: bytes of one token in one KV head.
+        head_bytes: bytes of one token in one streaming head.
         paged_bytes: bytes of a block of the retrieval heads, on the rank where it is widest; 0: none.
         stock_bytes: bytes of a block with all heads paged.
         block_size: tokens of a retrieval block.
@@ -135,7 +135,7 @@ def search_windows(
         )
         if any(map(any, widths)):
             kinds[kind] = Kind(kind.slots, widths)
-    head_bytes = ranks[0].token_bytes
+    head_bytes = ranks[0].streaming_token_bytes
     paged = max(rank.paged_token_bytes for rank in ranks)
     streaming = max(rank.num_streaming for rank in ranks) * head_bytes
     loads = {
@@ -152,7 +152,7 @@ def search_windows(
             reference_tokens=reference_tokens,
             tolerance=WINDOW_TOLERANCE,
             max_bins=MAX_BINS,
-            bounded=len(loads) == 1,
+            bounded=len(loads) == 1 and ranks[0].has_one_format,
         ),
     )
     sizes = {kind: packed.streaming_block for kind, packed in zip(kinds, choice.kinds, strict=True)}

@@ -134,7 +134,8 @@ class Layout:
         With several ranks, of the rank that must keep most.
 
         Worked example: R = 3 and S = 5 heads in all, sink 64, recent 256, D = 128, 2 bytes: 1,000
-        tokens are (3 * 1,000 + 5 * 320) * 512 bytes = 2,355,200 bytes.
+        tokens are (3 * 1,000 + 5 * 320) * 512 bytes = 2,355,200 bytes. With four bits in the retrieval
+        heads alone 3 * 1,000 * 136 + 5 * 320 * 512 = 1,227,200 bytes.
         """
         return self._needed_bytes(self.neediest_rank(num_tokens), num_tokens)
 
@@ -191,7 +192,7 @@ class Layout:
         for span, heads in self._runs(rank):
             if num_tokens < span.slots:
                 rest = span.blocks(num_tokens) * span.block_size - num_tokens
-                growing += rest * heads * rank.token_bytes
+                growing += rest * heads * rank.streaming_token_bytes
         return growing
 
     def _runs(self, rank: KVShape) -> tuple[tuple[StreamingSpan, int], ...]:
@@ -242,6 +243,7 @@ class Layout:
     def full_attention(self) -> Layout:
         """What stock vLLM makes of the same heads: all of them paged, in blocks of ``P_r`` tokens.
 
+        All of them are quantised if the retrieval heads are.
         A draft model's heads are paged either way. Layers with a sliding window of their own keep that
         window and no more, in the best layout there is for it: what the window saves is the model's
         merit, not duo's. (Stock vLLM itself holds more: while it computes a prompt, a chunk as well.)
@@ -284,11 +286,11 @@ class Layout:
         819,200 bytes.
         """
         kept = sum((span.sink_size + span.recent_size) * n for span, n in self._runs(rank))
-        return kept * rank.token_bytes
+        return kept * rank.streaming_token_bytes
 
     def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:
         kept = sum(span.kept_tokens(num_tokens) * heads for span, heads in self._runs(rank))
-        return rank.paged_token_bytes * num_tokens + kept * rank.token_bytes
+        return rank.paged_token_bytes * num_tokens + kept * rank.streaming_token_bytes
 
 
 def plan_layout(
@@ -312,6 +314,8 @@ def plan_layout(
     the least bytes at ``reference_tokens``, that with the fewest bins is chosen, then with the
     least bytes, then with the largest ``P_s``. Where layers have windows of their own, every bin's
     heads keep the same, ``P_s`` is chosen for each kind of bin, and stock stands for all heads paged.
+    Where streaming heads keep the model's dtype beside quantised retrieval heads, short requests hold
+    more than stock's, which quantises all: all layouts are taken.
 
     Args:
         shape: KV heads by class; of each rank (``KVShape.split``) where there are several.
@@ -333,6 +337,9 @@ def plan_layout(
     ``P_s`` = 1,024 // 192 = 5 and 64 blocks a run, so that 320 tokens would hold 20 + 64 blocks,
     two more than stock's 80 and one a group. Three bins of 64 heads have ``P_s`` = 16 and 20 blocks
     each, 60 in all.
+
+    With four bits in the retrieval heads alone, D 128 and bfloat16: R = S = 128, ``P_r`` 128. A block
+    is 128 * 128 * 136 bytes, and 34 tokens of 128 heads of 512 bytes fill it: 320 are 10 blocks.
     """
     ranks = (shape,) if isinstance(shape, KVShape) else tuple(shape)
     check_ranks(ranks)

@@ -69,9 +69,12 @@ def rank_block_bytes(layout: Layout, rank: int) -> int:
     and 80 tokens of a head.
     """
     groups, own = rank_caches(layout, rank).groups, layout.ranks[rank]
-    widths = [sum(group.values()) * own.token_bytes for group in groups]
+    head_bytes = [own.streaming_token_bytes for _ in layout.spans]
     tokens = [span.block_size for span in layout.spans]
     if layout.has_retrieval:
-        widths[0] += own.draft_token_bytes
+        head_bytes.insert(0, own.token_bytes)
         tokens.insert(0, layout.block_size)
+    widths = [sum(group.values()) * size for group, size in zip(groups, head_bytes, strict=True)]
+    if layout.has_retrieval:
+        widths[0] += own.draft_token_bytes
     return max(width * size for width, size in zip(widths, tokens, strict=True))

@@ -80,15 +80,16 @@ class _Search:
         self, ranks: Sequence[KVShape], block_size: int, slots: int, reference_tokens: int
     ) -> None:
         self.streaming = [rank.streaming_heads for rank in ranks]
-        self.head_bytes = ranks[0].token_bytes
+        self.head_bytes = ranks[0].streaming_token_bytes
         self.most_streaming = max(rank.num_streaming for rank in ranks)
         totals = {(rank.num_retrieval, rank.num_streaming) for rank in ranks}
-        self.are_alike = len(totals) == 1
+        self.is_bounded = len(totals) == 1 and ranks[0].has_one_format
         self.block_size = block_size
         self.slots = slots
         self.reach = min(slots, reference_tokens)
         self.retrieval_blocks = cdiv(reference_tokens, block_size)
-        # Bytes of a block of the retrieval group, and of all heads' as stock has it.
+        # Bytes of a block of the retrieval group, and of all heads' as stock has it, but for the dtype
+        # of streaming heads where they keep their own.
         self.retrieval_width = max(rank.paged_token_bytes for rank in ranks) * block_size
         streaming_width = self.most_streaming * self.head_bytes * block_size
         self.stock_width = self.retrieval_width + streaming_width
@@ -109,7 +110,7 @@ class _Search:
             for choice in self._candidates(bins):
                 if choice.held > least * (1 + HELD_TOLERANCE):
                     continue
-                if not self.are_alike or self._is_within_stock(choice):
+                if not self.is_bounded or self._is_within_stock(choice):
                     within.append(choice)
                     least = min(least, choice.held)
                 else:

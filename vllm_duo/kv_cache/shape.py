@@ -17,8 +17,10 @@ class KVShape:
         retrieval_heads: ``R`` of each layer.
         streaming_heads: ``S`` of each layer; as long as ``retrieval_heads``.
         head_size: ``D``, in elements.
-        dtype_bytes: bytes of one cache element.
+        dtype_bytes: bytes of one number of the model's own dtype.
         row_bytes: bytes of one token in one KV head of a quantised cache (``CacheFormat.row_bytes``).
+        streaming_quantised: False: only the retrieval heads' cache is, and the streaming heads keep
+            the model's own dtype.
         draft_token_bytes: bytes of one token in all layers of a draft model, whose heads keep every
             token and may have another size; they lie in the retrieval heads' blocks.
     """
@@ -28,6 +30,7 @@ class KVShape:
     head_size: int
     dtype_bytes: int
     row_bytes: int | None = None
+    streaming_quantised: bool = True
     draft_token_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class KVShape:
         head_size: int,
         dtype_bytes: int,
         row_bytes: int | None = None,
+        streaming_quantised: bool = True,
         tensor_parallel_size: int = 1,
         draft_token_bytes: int = 0,
         stage_sizes: Sequence[int] | None = None,
@@ -56,8 +60,9 @@ class KVShape:
         Args:
             retrieval: [L, Hkv], true for a retrieval head (``HeadSelection.retrieval``).
             head_size: ``D``, in elements.
-            dtype_bytes: bytes of one cache element.
+            dtype_bytes: bytes of one number of the model's own dtype.
             row_bytes: bytes of one token in one KV head of a quantised cache.
+            streaming_quantised: whether the streaming heads' cache is, too.
             tensor_parallel_size: ranks of a stage.
             stage_sizes: layers of each pipeline stage (``ranks.stage_sizes``); None: one stage.
             draft_token_bytes: bytes of one token in a draft model's layers on each rank.
@@ -99,6 +104,7 @@ class KVShape:
                         head_size=head_size,
                         dtype_bytes=dtype_bytes,
                         row_bytes=row_bytes,
+                        streaming_quantised=streaming_quantised,
                         draft_token_bytes=draft_token_bytes,
                     )
                 )
@@ -118,12 +124,28 @@ class KVShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys, values and scales in one KV head.
+        """Bytes of one token's keys, values and scales in one retrieval head.
 
         Worked example: D = 128, bfloat16: 512 bytes. Quantised to a byte each, with two scales: 264.
         """
-        if self.row_bytes is not None:
-            return self.row_bytes
+        return self._model_token_bytes if self.row_bytes is None else self.row_bytes
+
+    @property
+    def streaming_token_bytes(self) -> int:
+        """The same in one streaming head.
+
+        Worked example: D = 128, four bits and two scales: 136 bytes; with ``streaming_quantised`` False
+        and bfloat16 512.
+        """
+        return self.token_bytes if self.streaming_quantised else self._model_token_bytes
+
+    @property
+    def has_one_format(self) -> bool:
+        """Whether a token takes as many bytes in a head of either class."""
+        return self.streaming_token_bytes == self.token_bytes
+
+    @property
+    def _model_token_bytes(self) -> int:
         return 2 * self.head_size * self.dtype_bytes
 
     @property
@@ -146,7 +168,7 @@ class KVShape:
         return self.num_retrieval * self.token_bytes + self.draft_token_bytes
 
     def paged(self, slides: Sequence[bool]) -> KVShape:
-        """The same heads, all of them paged but for those of the layers that slide.
+        """The same heads, all of them paged but for those of the layers that slide, in one format.
 
         Args:
             slides: per layer, whether it has a sliding window of the model's own.
@@ -158,6 +180,7 @@ class KVShape:
             self,
             retrieval_heads=tuple(r if own else r + s for r, s, own in heads),
             streaming_heads=tuple(s if own else 0 for _, s, own in heads),
+            streaming_quantised=True,
         )
 
 
@@ -168,12 +191,12 @@ def check_ranks(ranks: Sequence[KVShape]) -> None:
         ValueError: there are none, they are of different models, or they have no heads at all.
     """
     kinds = {
-        (rank.head_size, rank.dtype_bytes, rank.row_bytes, len(rank.retrieval_heads))
+        (rank.head_size, rank.token_bytes, rank.streaming_token_bytes, len(rank.retrieval_heads))
         for rank in ranks
     }
     if len(kinds) != 1:
         raise ValueError(
-            "expected one shape per rank, all of one head_size, dtype_bytes and number of layers, "
+            "expected one shape per rank, all of one head_size, token_bytes and number of layers, "
             f"got {len(ranks)} ranks with {sorted(kinds)}: use KVShape.split"
         )
     if not any(rank.num_retrieval or rank.num_streaming for rank in ranks):

@@ -111,6 +111,7 @@ def replan(
         head_size=own.head_size,
         dtype_bytes=own.dtype_bytes,
         row_bytes=own.row_bytes,
+        streaming_quantised=own.streaming_quantised,
         tensor_parallel_size=ranks,
         draft_token_bytes=drafts.token_bytes(ranks),
         stage_sizes=stage_sizes,

@@ -219,6 +219,8 @@ class LayerCaches:
         streaming: [N, S, P, 2 * D], likewise, or None where S = 0.
         ring: block table of ``streaming``.
         form: the format of quantised caches; None: they are of the keys' dtype.
+        streaming_quantised: False: ``form`` is the retrieval cache's alone, and the streaming cache is
+            of the keys' dtype.
         key_scale: of the layer, where the format has no scales of its own.
         value_scale: likewise.
     """
@@ -228,5 +230,11 @@ class LayerCaches:
     streaming: torch.Tensor | None = None
     ring: RingTable | None = None
     form: CacheFormat | None = None
+    streaming_quantised: bool = True
     key_scale: float = 1.0
     value_scale: float = 1.0
+
+    @property
+    def streaming_form(self) -> CacheFormat | None:
+        """The streaming cache's format; None: it is of the keys' dtype."""
+        return self.form if self.streaming_quantised else None

@@ -110,7 +110,7 @@ def run(
         "native",
         lambda: _cpu.Batch(batch.host_query_start_loc.tolist(), batch.host_seq_lens.tolist()),
     )
-    paged, ring, form = caches.paged, caches.ring, caches.form
+    paged, ring = caches.paged, caches.ring
     _cpu.run(
         phases,
         native_batch,
@@ -121,14 +121,17 @@ def run(
         None if output is None else _view("output", output),
         scale,
         *requests,
-        None if caches.retrieval is None else _cache("retrieval cache", caches.retrieval, form),
+        None
+        if caches.retrieval is None
+        else _cache("retrieval cache", caches.retrieval, caches.form),
         None if paged is None else batch.memo(("native", paged), lambda: _paged_table(paged)),
-        None if caches.streaming is None else _cache("streaming cache", caches.streaming, form),
+        None
+        if caches.streaming is None
+        else _cache("streaming cache", caches.streaming, caches.streaming_form),
         None if ring is None else batch.memo(("native", ring), lambda: _ring_table(ring)),
         None
         if ring is None or not ring.copies
         else batch.memo(("copies", ring), lambda: _copies(ring)),
-        _dtype("key", key) if form is None else _FORMATS[form.number, form.token_scales],
         caches.key_scale,
         caches.value_scale,
         FULL_CHECKS,

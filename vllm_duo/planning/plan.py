@@ -282,6 +282,7 @@ def _settings(
         head_size=checkpoint.facts.head_size,
         dtype=dtype,
         kv_cache_dtype=request.kv_cache_dtype,
+        streaming_cache_dtype=resolved.streaming_cache_dtype,
         block_size=request.block_size,
         num_speculative_tokens=request.num_speculative_tokens,
         draft_model=request.draft_model,

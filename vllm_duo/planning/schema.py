@@ -69,6 +69,9 @@ class PlanSettings(_Frozen):
     head_size: int
     dtype: str = Field(description="of the model")
     kv_cache_dtype: str = Field(description="as given; auto is the model's")
+    streaming_cache_dtype: Literal["same", "model"] = Field(
+        default="same", description="of the streaming heads: as kv_cache_dtype, or the model's own"
+    )
     block_size: int = Field(description="tokens of a retrieval block, --block-size")
     num_speculative_tokens: int = Field(
         default=0, description="drafts of a step, for which a ring has slots; 0 without"

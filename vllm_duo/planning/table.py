@@ -32,11 +32,13 @@ def _heading(plan: Plan) -> str:
     drafts = f" and {found.num_speculative_tokens} slots for drafts"
     if found.draft_model is not None:
         drafts += f" of {found.draft_model}"
+    keeps_own = found.streaming_cache_dtype == "model" and found.kv_cache_dtype in FORMATS
+    apart = f", streaming heads {found.dtype}" * keeps_own
     number = found.tensor_parallel_size * found.pipeline_parallel_size
     ranks = f", each of {number} ranks" * (number > 1)
     return (
         f"{found.model}: {found.num_layers} layers x {found.num_kv_heads} KV heads of size "
-        f"{found.head_size}, {found.dtype}, KV cache {found.kv_cache_dtype}\n"
+        f"{found.head_size}, {found.dtype}, KV cache {found.kv_cache_dtype}{apart}\n"
         f"pattern {found.pattern}, {found.cut} {found.cut_value:g}: {found.sparsity:.1%} of the heads "
         f"stream, mask {found.mask_hash}, sink {found.sink_size} + recent {found.recent_size} tokens"
         f"{drafts * bool(found.num_speculative_tokens)}\n"
