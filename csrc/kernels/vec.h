@@ -202,5 +202,12 @@ DUO_INLINE Vec exp2_nonpositive(Vec x) {
     });
 }
 
+// 2 ** x: exactly 0 below -126, infinite above 126, NaN for NaN.
+DUO_INLINE float exp2_any(float x) {
+    if (x <= 0) return exp2_nonpositive(broadcast(x))[0];
+    if (x <= 126.0f) return 1.0f / exp2_nonpositive(broadcast(-x))[0];
+    return x + __builtin_inff();
+}
+
 }  // namespace
 }  // namespace duo
