@@ -57,6 +57,7 @@ def run(
     cache_dtype: int,
     key_scale: float,
     value_scale: float,
+    sinks: View | None,
     check: bool,
 ) -> None: ...
 def isa() -> str: ...
