@@ -242,7 +242,6 @@ class _Reader:
             is_not_causal="rswa_window" in self.config or "canvas_length" in self.config,
             has_noops=bool(self.text.get("block_configs")),
             kv_cache_scheme=quantisation.get("kv_cache_scheme"),
-            has_learned_sinks=self.model_type == "gpt_oss",
             shares_caches=bool(self.text.get("num_kv_shared_layers")),
         )
 
