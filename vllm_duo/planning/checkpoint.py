@@ -47,6 +47,7 @@ LAYER_KINDS: dict[str, Callable[[Mapping[str, Any]], Callable[[int], bool]]] = {
     "gemma3_text": lambda text: (
         lambda index: (index + 1) % text.get("sliding_window_pattern", 6) > 0
     ),
+    "gpt_oss": lambda text: lambda index: index % 2 == 0,
 }
 """Per model type, whether a layer slides where config.json does not list ``layer_types``."""
 
