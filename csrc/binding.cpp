@@ -283,13 +283,22 @@ void set_queries(LayerStep& step, const View& query, const View& output, const V
     step.group = static_cast<int>(heads / kv_heads);
 }
 
+void set_sinks(LayerStep& step, const View& sinks, int64_t query_heads) {
+    if (sinks.ndim() != 1 || sinks.shape(0) != query_heads || sinks.dtype() != Dtype::f32 ||
+        (query_heads > 1 && sinks.stride(0) != 1)) {
+        fail("sinks must be [" + text(query_heads) + "] float32, one of each query head, got " +
+             shape_of(sinks) + ": convert them once, when the weights have loaded");
+    }
+    step.sinks = reinterpret_cast<const float*>(sinks.data());
+}
+
 const Kernels* chosen = nullptr;
 
 void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle query,
          nb::handle key_tuple, nb::handle value_tuple, nb::handle output, float scale, int first,
          int last, nb::handle retrieval, const BlockTable* paged, nb::handle streaming,
          const BlockTable* ring, const Copies* copies, float key_scale, float value_scale,
-         bool check) {
+         nb::handle sinks, bool check) {
     const View key(key_tuple), value(value_tuple);
     check_activations(key, value, heads, batch);
     LayerStep step{};
@@ -316,6 +325,7 @@ void run(unsigned phases, const Batch& batch, const Heads& heads, nb::handle que
     }
     if (phases & ATTEND) {
         set_queries(step, View(query), View(output), key);
+        if (!sinks.is_none()) set_sinks(step, View(sinks), key.shape(1) * step.group);
         if (first < 0 || first > last || last > step.num_requests) {
             fail("requests " + text(first) + " to " + text(last) + " of a batch of " +
                  text(step.num_requests));
@@ -365,7 +375,7 @@ NB_MODULE(_cpu, module) {
                nb::arg("scale"), nb::arg("first"), nb::arg("last"), nb::arg("retrieval").none(),
                nb::arg("paged").none(), nb::arg("streaming").none(), nb::arg("ring").none(),
                nb::arg("copies").none(), nb::arg("key_scale"), nb::arg("value_scale"),
-               nb::arg("check"));
+               nb::arg("sinks").none(), nb::arg("check"));
     module.def("isa", [] { return std::string(chosen ? chosen->name : best_kernels().name); });
     module.def("force_isa", [](const std::string& name) { chosen = &kernels_named(name); });
     module.def("supported_isas", &supported_isas);

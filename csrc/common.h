@@ -74,8 +74,9 @@ struct LayerStep {
     int group;  // query heads of a KV head
     Rows query, key, value, output;
     float scale;
-    float key_scale;    // of a quantised layer's keys; 1 where tokens have their own
-    float value_scale;  // likewise
+    const float* sinks;  // [Hq] learned logits that have no key and no value; null: there are none
+    float key_scale;     // of a quantised layer's keys; 1 where tokens have their own
+    float value_scale;   // likewise
     const Request* requests;
     int num_requests;
     HeadClass classes[2];

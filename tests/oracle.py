@@ -34,7 +34,12 @@ def _rule(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwa
     key = key[0].repeat_interleave(group, 0)
     value = value[0].repeat_interleave(group, 0)
     logits = (query[0] @ key.mT) * scaling
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    # Learned sinks: one more logit of each query head, without a value.
+    sinks = getattr(module, "sinks", None)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None, None].expand(-1, n, 1)], -1)
+    weights = logits.softmax(-1)[..., :n]
     return (weights @ value).transpose(0, 1)[None].contiguous(), None
 
 

@@ -56,6 +56,7 @@ def run(
     copies: Copies | None,
     key_scale: float,
     value_scale: float,
+    sinks: View | None,
     check: bool,
 ) -> None: ...
 def isa() -> str: ...

@@ -45,7 +45,6 @@ class ModelFacts:
         is_not_causal: another mask than the causal one.
         has_noops: some layers have no attention.
         kv_cache_scheme: of a checkpoint that quantises its own KV cache.
-        has_learned_sinks: logits that stand for sinks.
         shares_caches: some layers read another layer's KV cache.
     """
 
@@ -66,7 +65,6 @@ class ModelFacts:
     is_not_causal: bool = False
     has_noops: bool = False
     kv_cache_scheme: object = None
-    has_learned_sinks: bool = False
     shares_caches: bool = False
 
 
@@ -96,8 +94,6 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield "layers without attention among the model's layers"
     if model.kv_cache_scheme:
         yield f"the checkpoint's own KV cache quantisation ({model.kv_cache_scheme})"
-    if model.has_learned_sinks:
-        yield "learned attention sinks (these are logits, not sink tokens)"
     if model.head_size not in HEAD_SIZES:
         sizes = ", ".join(map(str, HEAD_SIZES))
         yield f"the head size {model.head_size}: supported are {sizes}"

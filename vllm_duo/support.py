@@ -30,6 +30,7 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         *model_refusals(facts_of(vllm_config.model_config)),
         *_parallelism(vllm_config),
         *_speculation(vllm_config),
+        *sinks_refusals(vllm_config.model_config.hf_text_config.model_type),
         *_features(vllm_config),
     ]
 
@@ -129,7 +130,6 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         is_not_causal=model.rswa_window is not None or model.is_diffusion,
         has_noops=model.has_noops,
         kv_cache_scheme=scheme,
-        has_learned_sinks=setting("model_type") == "gpt_oss",
         shares_caches=bool(setting("num_kv_shared_layers")),
     )
 
@@ -142,6 +142,17 @@ def _multimodal_type(model: ModelConfig) -> str | None:
     if model.using_transformers_backend():
         return f"{model_type} in vLLM's Transformers backend"
     return model_type
+
+
+def sinks_refusals(model_type: str) -> Iterator[str]:
+    """Why a model with learned sinks cannot be served on this platform, if so.
+
+    Models that are not told by their type are refused layer by layer (``attention/impl.py``).
+    """
+    from vllm.platforms import current_platform
+
+    if model_type == "gpt_oss" and not current_platform.is_cpu():
+        yield "learned attention sinks on a GPU: not tested yet"
 
 
 def cache_dtype_refusal(cache_dtype: str, model_dtype: str) -> str | None:

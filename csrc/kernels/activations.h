@@ -22,6 +22,15 @@ DUO_INLINE char* query_address(const LayerStep& step, const Rows& rows, const He
                        first_head + row % step.group);
 }
 
+// What the sum of a row's weights becomes with its query head's learned sink, which takes part like
+// one more key. `max`: the exponent of 2 that the weights are relative to.
+DUO_INLINE float sum_with_sink(const LayerStep& step, const HeadClass& heads, int head, int row,
+                               float max, float sum) {
+    if (!step.sinks) return sum;
+    const int64_t query_head = int64_t{heads.heads[head]} * step.group + row % step.group;
+    return sum + exp2_any(step.sinks[query_head] * LOG2E - max);
+}
+
 // Calls work(pointer to the row's dtype) for activations beside quantised caches, whose chunks have
 // the elements in their own order.
 template <typename Work>

@@ -342,8 +342,9 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
     for (int r = 0; r < rows.rows; ++r) {
         const float total = sum(load(rows.sum + r * LANES));
         if (whole) {
+            const float all = sum_with_sink(step, heads, item.head, r, rows.max[r], total);
             store_activations<T>(rows.values + r * padded, rows.chunks,
-                                 step.value_scale * UNIT<T> / total, step, address(step.output, r));
+                                 step.value_scale * UNIT<T> / all, step, address(step.output, r));
         } else {
             item.partial[rows.rows + r] = total;
         }
@@ -376,6 +377,7 @@ void merge_items(const LayerStep& step, const Item* items, int count) {
                 store(values + d, before + load(from + d) * weight);
             }
         }
+        sum = sum_with_sink(step, heads, items->head, r, most, sum);
         store_activations<T>(
             values, chunks, step.value_scale * UNIT<T> / sum, step,
             query_address(step, step.output, heads, items->head, request.first_token, r));

@@ -275,11 +275,13 @@ class DecodePairs {
     void finish() const {
         const Vec total = sum_of_rest<R>(sum_);
         for (int r = 0; r < rows_; ++r) {
+            const float max = max_[r] * factor_;
             if (item_.num_items == 1) {
-                store_activations<BFloat16>(values_ + r * padded_, chunks_, 1.0f / total[r], step_,
+                const float all = sum_with_sink(step_, heads_, item_.head, r, max, total[r]);
+                store_activations<BFloat16>(values_ + r * padded_, chunks_, 1.0f / all, step_,
                                             address(step_.output, r));
             } else {
-                item_.partial[r] = max_[r] * factor_;
+                item_.partial[r] = max;
                 item_.partial[rows_ + r] = total[r];
             }
         }

@@ -148,9 +148,9 @@ struct PrefillItem : PrefillFloats {
         for_tiles(TILE_KEYS,
                   [&](int64_t begin, int64_t end, bool recent) { add_tile(begin, end, recent); });
         for (int r = 0; r < rows; ++r) {
+            const float total = with_sink(r, scratch.max[r], scratch.sum[r]);
             store_activations<T>(scratch.output + int64_t{r} * padded, chunks,
-                                 step.value_scale * UNIT<T> / scratch.sum[r], step,
-                                 address(step.output, r));
+                                 step.value_scale * UNIT<T> / total, step, address(step.output, r));
         }
     }
 };

@@ -201,8 +201,9 @@ struct PrefillPairs : PrefillRows {
             for (int r = 0; r < rows; r += BLOCK_SIDE) add_block(r, begin, keys.count, recent);
         });
         for (int r = 0; r < rows; ++r) {
+            const float total = sum(load(scratch.sum + r * LANES));
             store_row(scratch.output + int64_t{r} * padded, chunks,
-                      1.0f / sum(load(scratch.sum + r * LANES)),
+                      1.0f / with_sink(r, scratch.max[r] * factor, total),
                       reinterpret_cast<BFloat16*>(address(step.output, r)));
         }
     }

@@ -50,6 +50,11 @@ struct PrefillRows {
                              row);
     }
 
+    // What the sum of a row's weights becomes with its learned sink, if there is one.
+    float with_sink(int row, float max, float sum) const {
+        return sum_with_sink(step, heads, source.head, row, max, sum);
+    }
+
     // What the rows first ... last see, together, of a tile of `count` keys from position `begin`
     // on, all in the sink or all behind it. Both ends of a row's columns grow with its position.
     Columns columns(int first, int last, int64_t begin, int64_t count, bool recent) const {

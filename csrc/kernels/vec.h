@@ -234,8 +234,9 @@ DUO_INLINE Vec exp2_nonpositive(Vec x, NearZero near_zero) {
     const Vec shifted = x + shift;
     const Vec p = near_zero(x - (shifted - shift));
     // The integer stands in the low bits of `shifted`; moved to the exponent it scales by 2 ** n.
-    const VecInt scaled = (VecInt)p + ((VecInt)shifted << 23);
-    return (Vec)(scaled & (x > -126.0f));
+    // Unsigned, since far below -126 the sum overflows before it is cleared.
+    const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
+    return (Vec)(scaled & (VecBits)(x > -126.0f));
 }
 
 // By Cephes' polynomial.
@@ -249,6 +250,13 @@ DUO_INLINE Vec exp2_nonpositive(Vec x) {
         p = p * f + 6.931472028550421e-1f;
         return p * f + 1.0f;
     });
+}
+
+// 2 ** x: exactly 0 from -126 down, infinite from 126 up, NaN for NaN.
+DUO_INLINE float exp2_any(float x) {
+    if (x <= 0) return exp2_nonpositive(broadcast(x))[0];
+    if (x < 126.0f) return 1.0f / exp2_nonpositive(broadcast(-x))[0];
+    return x + __builtin_inff();
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from vllm.v1.attention.backend import AttentionType, subclass_attention_backend
 
 from vllm_duo.attention import impl, specs
@@ -29,7 +30,7 @@ class Config(SimpleNamespace):
 def config(monkeypatch):
     pattern = HeadPattern(np.array([[0.0, 1.0], [1.0, 0.0]]))
     plan = ServerPlan(pattern, resolve(DuoConfig(), pattern))
-    config = Config(speculative_config=None)
+    config = Config(speculative_config=None, device_config=SimpleNamespace(device_type="cpu"))
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
     monkeypatch.setattr(specs, "resolve_plan", lambda _: plan)
     return config
@@ -53,12 +54,37 @@ def test_vllms_wrapped_layers_are_refused():
         ({"attn_type": AttentionType.ENCODER_ONLY}, "attention type"),
         ({"kv_sharing_target_layer_name": "model.layers.0"}, "another layer's KV cache"),
         ({"kv_cache_dtype": "nvfp4"}, "a nvfp4 KV cache"),
-        ({"sinks": object()}, "the argument sinks"),
+        ({"chunk_lookback": 2}, "the argument chunk_lookback"),
     ],
 )
 def test_layer_features_are_refused_before_weights_load(config, arguments, reason):
     with pytest.raises(NotImplementedError, match=reason):
         make_layer(**arguments)
+
+
+@pytest.mark.refused("learned attention sinks on a GPU")
+def test_learned_sinks_on_a_gpu_are_refused(config):
+    config.device_config.device_type = "cuda"
+    with pytest.raises(NotImplementedError, match="a layer with learned sinks on a GPU"):
+        make_layer(sinks=torch.zeros(4))
+
+
+@pytest.mark.parametrize("shape", [(2,), (8,), (4, 1)])
+def test_sinks_of_other_heads_are_refused(config, shape):
+    with pytest.raises(ValueError, match=r"expected \[4\], one of each of its query heads"):
+        make_layer(sinks=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_are_those_of_the_weights_that_were_loaded_last(config, dtype):
+    parameter = torch.nn.Parameter(torch.full((4,), torch.nan, dtype=dtype))
+    layer = make_layer(sinks=parameter)
+    layer.heads = "split before"
+    for value in (1.5, -2.0):
+        parameter.data.fill_(value)
+        layer.process_weights_after_loading(dtype)
+        assert layer.sinks.dtype == torch.float32
+        assert layer.sinks.tolist() == [value] * 4
 
 
 @pytest.mark.parametrize(
@@ -99,7 +125,7 @@ def test_layer_with_other_kv_heads_is_refused_before_weights_load(config):
 
 def test_plan_is_forgotten_with_its_config(config, monkeypatch):
     """A process that makes one engine after another must get the first one's memory back."""
-    configs = [Config(speculative_config=None)]
+    configs = [Config(**vars(config))]
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: configs[0])
     layer, watch, key = make_layer(), weakref.ref(configs[0]), id(configs[0])
     assert key in specs._plans

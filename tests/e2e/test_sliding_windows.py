@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.engine import MAX_NEW_TOKENS, SETTINGS, answer_of, engine, write_pattern
-from tests.e2e.half import errors, rms
+from tests.e2e.half import errors, rms, rounded
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.e2e.test_quantised_cache import ERROR, MATTERS
 from tests.models.random_models import LAYERS, Shape
@@ -22,6 +24,8 @@ from vllm_duo.planning.plan import PlanRequest, plan_memory
 pytestmark = pytest.mark.engine
 
 SINK, RECENT = 20, 75
+SHOWN = {"gemma3": ("Gemma 3",), "gpt_oss": ("gpt-oss", "learned attention sinks")}
+"""What docs/compatibility.md calls a family."""
 BOTH_WAYS = [pytest.param(True, id="cached"), pytest.param(False, id="not cached")]
 RETRIEVAL = [[True] * 4] * LAYERS
 
@@ -31,7 +35,7 @@ class Case:
     """One engine.
 
     Attributes:
-        family: "mistral": every layer slides; "gemma3": the first and the last of three.
+        family: "mistral": every layer slides; "gemma3" and "gpt_oss": the first and the last of three.
         window: tokens.
         chunk: tokens of a step at most.
         block_size: tokens of a retrieval block.
@@ -68,7 +72,9 @@ CASES = [
     Case("mistral", window=50, chunk=100, block_size=16),
     Case("gemma3", window=33, chunk=100, block_size=16, group=4),
     Case("gemma3", window=200, chunk=2048, block_size=128, group=1),
+    Case("gpt_oss", window=50, chunk=100, block_size=16, group=4),
 ]
+LEARNED = CASES[-1]
 MORE_CASES = [
     Case("mistral", window=1, chunk=100, block_size=16),
     Case("mistral", window=128, chunk=64, block_size=16, group=8),
@@ -76,6 +82,10 @@ MORE_CASES = [
     Case("gemma3", window=1, chunk=64, block_size=16),
     Case("gemma3", window=64, chunk=64, block_size=16, pattern="retrieval"),
     Case("gemma3", window=900, chunk=512, block_size=16, group=8),
+    Case("gpt_oss", window=1, chunk=64, block_size=16, group=1),
+    Case("gpt_oss", window=128, chunk=2048, block_size=128, group=8),
+    Case("gpt_oss", window=900, chunk=512, block_size=16),
+    Case("gpt_oss", window=64, chunk=64, block_size=16, pattern="retrieval"),
 ]
 
 
@@ -105,7 +115,7 @@ def ask(running, prompts, max_tokens=MAX_NEW_TOKENS):
     return [answer_of(output) for output in outputs], [o.num_cached_tokens for o in outputs]
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
 def test_the_oracles_window_is_transformers_own(family, checkpoint):
     """An off-by-one in both would else go unseen. float32 twice: 1e-3, as ``mismatches`` has it."""
     case = Case(family, window=33, chunk=0, block_size=0, pattern="retrieval")
@@ -121,6 +131,24 @@ def test_the_oracles_window_is_transformers_own(family, checkpoint):
     assert (wider.logprobs(tokens) - expected).abs().max() > 1e-2
 
 
+def test_the_oracle_sees_the_sinks_of_other_heads(checkpoint, tmp_path):
+    """Whoever leaves them out, or gives a head another one's, would be found."""
+    model = checkpoint(LEARNED.shape)
+    (tokens,) = prompts_of([120], seed=3)
+    expected = oracle_of(LEARNED, checkpoint).logprobs(tokens)
+    weights = load_file(model / "model.safetensors")
+    learned = {name: weight for name, weight in weights.items() if name.endswith(".sinks")}
+    assert len(learned) == LAYERS
+    for name, change in {"none": lambda x: x - 1e4, "others": lambda x: x.roll(1)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(model / "config.json", folder)
+        changed = weights | {key: change(weight) for key, weight in learned.items()}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        other = Oracle(folder, LEARNED.mask, SINK, RECENT, windows=LEARNED.shape.windows)
+        assert (other.logprobs(tokens) - expected).abs().max() > 0.1
+
+
 def run(case, checkpoint, tmp_path, caching):
     """Ask twice; with prefix caching the second time resumes at snapshots of the rings."""
     prompts = prompts_of(case.lengths())
@@ -133,8 +161,14 @@ def run(case, checkpoint, tmp_path, caching):
     assert hits == (whole if caching else [0] * len(prompts))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.feature("sliding-window layers", "prefix caching", "Gemma 3")
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=pytest.mark.feature(*SHOWN.get(case.family, ())))
+        for case in CASES
+    ],
+)
+@pytest.mark.feature("sliding-window layers", "prefix caching")
 def test_served_tokens_are_the_oracles(case, checkpoint, tmp_path):
     run(case, checkpoint, tmp_path, True)
 
@@ -151,6 +185,8 @@ def test_served_tokens_are_the_oracles_for_every_case(case, caching, checkpoint,
     [
         ("mistral", False),
         ("gemma3", True),
+        ("gpt_oss", True),
+        pytest.param("gpt_oss", False, marks=pytest.mark.slow),
         pytest.param("gemma3", False, marks=pytest.mark.slow),
         pytest.param("mistral", True, marks=pytest.mark.slow),
     ],
@@ -214,7 +250,7 @@ HYBRID = Case("gemma3", window=50, chunk=100, block_size=16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
 @pytest.mark.feature("sliding-window layers", "tensor parallelism")
 def test_two_ranks_give_the_same_tokens(family, checkpoint, tmp_path):
     """Rank 0 has one retrieval head of the layer that does not slide, rank 1 has one as well."""
@@ -231,7 +267,7 @@ def test_two_ranks_give_the_same_tokens(family, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
 @pytest.mark.feature("sliding-window layers", "speculative decoding, n-gram")
 def test_drafts_change_no_token(family, checkpoint, tmp_path):
     """Every ring has slots for drafts, the window's too."""
@@ -254,13 +290,15 @@ def test_drafts_change_no_token(family, checkpoint, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache_dtype", ["int8_per_token_head", "int4_per_token_head"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 @pytest.mark.feature("sliding-window layers")
-def test_quantised_caches(cache_dtype, checkpoint, tmp_path):
+def test_quantised_caches(family, cache_dtype, checkpoint, tmp_path):
     """As ``test_quantised_cache.py`` has it, whose bounds these are: the oracle keeps what is kept."""
+    case = replace(HYBRID, family=family)
     prompts, form = prompts_of([150, 80], seed=43), FORMATS[cache_dtype]
-    with serving(HYBRID, checkpoint, tmp_path, kv_cache_dtype=cache_dtype) as running:
+    with serving(case, checkpoint, tmp_path, kv_cache_dtype=cache_dtype) as running:
         answers, _ = ask(running, prompts)
-    oracle = oracle_of(HYBRID, checkpoint)
+    oracle = oracle_of(case, checkpoint)
     unquantised = rms(errors(oracle, prompts, answers))
     oracle.form = form
     error = rms(errors(oracle, prompts, answers))
@@ -269,9 +307,29 @@ def test_quantised_caches(cache_dtype, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_bfloat16_is_as_near_to_the_oracle_as_stock(checkpoint, tmp_path):
+    """Sinks in bfloat16 too. As ``test_half_precision.py`` has it, whose bounds these are."""
+    model = rounded(checkpoint(LEARNED.shape), torch.bfloat16, tmp_path / "model")
+    prompts, windows = prompts_of([1, 40, 130, 300], seed=40), LEARNED.shape.windows
+    settings = {"dtype": "bfloat16", "block_size": 128, "max_num_batched_tokens": 128}
+    with engine(model, **settings) as stock:
+        expected = stock.generate(prompts)
+    pattern = write_pattern(tmp_path / "pattern", LEARNED.mask)
+    with engine(model, pattern, sink_size=SINK, recent_size=RECENT, **settings) as running:
+        answers = running.generate(prompts)
+    full = Oracle(model, RETRIEVAL, SINK, RECENT, windows=windows)
+    streaming = Oracle(model, LEARNED.mask, SINK, RECENT, windows=windows)
+    allowed = 2 * rms(errors(full, prompts, expected))
+    assert rms(errors(streaming, prompts, answers)) <= allowed
+    assert rms(errors(full, prompts, answers)) > allowed, "the mask must matter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 @pytest.mark.feature("sliding-window layers", "torch.compile")
-def test_compiled_model_gives_the_same_tokens(checkpoint, tmp_path):
-    prompts = prompts_of(HYBRID.lengths())
-    with serving(HYBRID, checkpoint, tmp_path, enforce_eager=False) as running:
+def test_compiled_model_gives_the_same_tokens(family, checkpoint, tmp_path):
+    case = replace(HYBRID, family=family)
+    prompts = prompts_of(case.lengths())
+    with serving(case, checkpoint, tmp_path, enforce_eager=False) as running:
         answers, _ = ask(running, prompts)
-    assert_right(oracle_of(HYBRID, checkpoint), prompts, answers)
+    assert_right(oracle_of(case, checkpoint), prompts, answers)

@@ -117,7 +117,13 @@ class TestWindows:
     @pytest.mark.parametrize("num_tokens", [4096, 32_768, 131_072])
     @pytest.mark.parametrize(
         ("layers", "heads", "window", "every"),
-        [(62, 16, 1024, 6), (48, 8, 1024, 6), (36, 8, 32_768, 4), (32, 32, 4096, 4)],
+        [
+            (62, 16, 1024, 6),
+            (48, 8, 1024, 6),
+            (36, 8, 32_768, 4),
+            (32, 32, 4096, 4),
+            (24, 8, 128, 2),
+        ],
     )
     def test_waste_of_real_shapes(self, layers, heads, window, every, num_tokens):
         """The targets of the shipped patterns: 3 % at 4k tokens; 1.5 % beyond, with fewer bins."""

@@ -28,6 +28,10 @@ FAMILIES = {
             "attention_multiplier": 0.2,
         },
     ),
+    "gpt_oss": (  # learned sinks, biases everywhere; layers that slide: all but every second one
+        "GptOss",
+        MOE | {"num_local_experts": 4, "pad_token_id": 0},
+    ),
     "mixtral": ("Mixtral", NO_WINDOW | MOE | {"num_local_experts": 4}),
     "olmo2": ("Olmo2", {}),  # q/k norm over all heads, norms behind the layers
     "phi3": ("Phi3", NO_WINDOW | {"pad_token_id": 0}),  # one projection for q, k and v
@@ -40,6 +44,8 @@ TIED = {"gemma", "starcoder2"}
 """Families whose checkpoints have no output embedding of their own."""
 HIDDEN_FROM_HEADS = {"granite", "olmo2", "phi3", "qwen2", "smollm3", "stablelm", "starcoder2"}
 """Families for which vLLM derives the head size from the hidden size."""
+EVERY_SECOND_SLIDES = {"gemma3", "gpt_oss"}
+"""Families in which a window is that of the first, the third ... layer; else all layers have it."""
 VOCABULARY = 512
 LAYERS = 3
 
@@ -62,7 +68,8 @@ class Shape:
     @property
     def windows(self) -> list[int | None]:
         """Of each layer."""
-        slides = [self.family != "gemma3" or layer % 2 == 0 for layer in range(LAYERS)]
+        some = self.family in EVERY_SECOND_SLIDES
+        slides = [not some or layer % 2 == 0 for layer in range(LAYERS)]
         return [self.window if own else None for own in slides]
 
 
@@ -117,6 +124,9 @@ def sharpen(attention: torch.nn.Module, shape: Shape, hidden: int) -> None:
                 projection.bias.normal_(0, 0.5)
     for weight, scale in zip(weights, (2, 2, 1), strict=True):
         weight.normal_(0, scale * hidden**-0.5)
+    if shape.family == "gpt_oss":
+        # As large as the logits of keys that get most of the attention.
+        attention.sinks.normal_(2, 4)
     # Where input and output embeddings are one, a token's own would outweigh all attention.
     attention.o_proj.weight.normal_(0, (4 if shape.family in TIED else 1) * width**-0.5)
     for name in ("q_norm", "k_norm"):

@@ -19,11 +19,27 @@ from vllm_duo.ops.prefill import prefill
 from vllm_duo.ops.snapshot import copy_snapshots
 from vllm_duo.ops.write_kv import write_kv
 
+SINKS = {
+    # As large as the greatest logits of the random keys.
+    "ordinary": [-3.0, -1.0, 0.0, 1.0, 2.5, 4.0, 6.0, 9.0],
+    # Beyond what float32 has as a power, and as far as that itself goes.
+    "extreme": [-torch.inf, -1e38, -1e4, -90.0, 60.0, 87.0, 89.0, 130.0, 1e4, 1e38],
+}
 
-def dense_attention(q, k, v, retrieval, sink_size, recent_size, scale, dtype=torch.float64):
+
+def make_sinks(kind, heads, seed=0):
+    """[heads] float32, learned sinks of one of the ``SINKS``."""
+    picked = np.random.default_rng(seed).choice(SINKS[kind], heads)
+    return torch.tensor(picked, dtype=torch.float32)
+
+
+def dense_attention(
+    q, k, v, retrieval, sink_size, recent_size, scale, dtype=torch.float64, *, sinks=None
+):
     """Attention of one whole sequence.
 
-    q [n, Hq, D], k and v [n, Hkv, D], retrieval [Hkv] bool; returns [n, Hq, D] of ``dtype``.
+    q [n, Hq, D], k and v [n, Hkv, D], retrieval [Hkv] bool, sinks [Hq] learned logits or None;
+    returns [n, Hq, D] of ``dtype``.
     """
     n, num_heads, _ = q.shape
     group = num_heads // k.shape[1]
@@ -35,8 +51,10 @@ def dense_attention(q, k, v, retrieval, sink_size, recent_size, scale, dtype=tor
         if not retrieval[kv]:
             mask &= (j < sink_size) | (j > i - recent_size)
         logits = (q[:, head].to(dtype) @ k[:, kv].to(dtype).T) * scale
-        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
-        out[:, head] = weights @ v[:, kv].to(dtype)
+        logits = logits.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[head].to(dtype).expand(n, 1)], -1)
+        out[:, head] = logits.softmax(-1)[:, :n] @ v[:, kv].to(dtype)
     return out
 
 
@@ -71,7 +89,9 @@ class Store:
         form=None,
         streaming_quantised=True,
         scales=(1.0, 1.0),
+        sinks=None,
     ):
+        self.sinks = sinks
         rng = np.random.default_rng(seed)
         retrieval = np.asarray(retrieval, dtype=bool)
         self.heads = HeadMap.from_mask(retrieval, torch.device("cpu"))
@@ -215,12 +235,12 @@ def run_step(
     q, k, v = (layout(take(name)) for layout, name in zip(layouts, "qkv", strict=False))
     output = layouts[3](torch.full(q.shape, torch.nan, dtype=q.dtype))
     if one_call:
-        attend_and_write(q, k, v, store.heads, caches, batch, scale, output)
+        attend_and_write(q, k, v, store.heads, caches, batch, scale, output, sinks=store.sinks)
     else:
         copy_snapshots(k, v, store.heads, caches, batch)
-        decode(q, k, v, store.heads, caches, batch, scale, output)
+        decode(q, k, v, store.heads, caches, batch, scale, output, store.sinks)
         assert output[batch.num_decode_tokens :].isnan().all()
-        prefill(q, k, v, store.heads, caches, batch, scale, output)
+        prefill(q, k, v, store.heads, caches, batch, scale, output, store.sinks)
         write_kv(k, v, store.heads, caches, batch)
     assert output[batch.num_tokens :].isnan().all()
     around = output if output._base is None else output._base

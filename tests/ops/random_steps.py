@@ -6,8 +6,15 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from tests.ops.oracle import MEMORY_LAYOUTS, Store
+from tests.ops.oracle import MEMORY_LAYOUTS, SINKS, Store, make_sinks
 from tests.ops.test_attention import make_sequences, serve
+
+
+def sinks_of(case):
+    """[Hq] learned sinks of a case drawn from ``cases``, or None."""
+    return case["sinks"] and make_sinks(
+        case["sinks"], case["group"] * len(case["mask"]), case["seed"]
+    )
 
 
 def cases(longest_span):
@@ -26,6 +33,7 @@ def cases(longest_span):
             "longest": st.sampled_from([1, 9, 40, 300]),
             "layouts": st.tuples(*[st.sampled_from(MEMORY_LAYOUTS)] * 4),
             "one_call": st.booleans(),
+            "sinks": st.sampled_from([None, None, *SINKS]),
             "seed": st.integers(0, 1000),
         }
     )
@@ -53,6 +61,7 @@ def serve_case(case, **settings):
         recent_size=case["recent"],
         dtype=case["dtype"],
         seed=case["seed"],
+        sinks=sinks_of(case),
         **settings,
     )
     heads = (len(case["mask"]), case["group"], case["head_size"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tests.ops.oracle import Store, dense_attention
+from tests.ops.oracle import Store, dense_attention, make_sinks
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.write_kv import reference
 
@@ -33,21 +33,22 @@ class Step:
     mask: list[bool]
     scale: float
     heads: HeadMap
+    sinks: torch.Tensor | None = None
 
     def run(self, kernel, **kwargs):
         """Output of an attention kernel, NaN where it wrote nothing."""
         output = torch.full_like(self.q, torch.nan)
         args = (self.q, self.k, self.v, self.heads, self.caches, self.batch, self.scale)
-        kernel(*args, output, **kwargs)
+        kernel(*args, output, sinks=self.sinks, **kwargs)
         return output
 
     def exact(self, dtype=torch.float64):
         """[T, Hq, D] of ``dtype`` from dense attention over the whole sequences."""
         store = self.store
+        sinks = self.sinks if self.sinks is None else self.sinks.cpu()
+        rule = (self.mask, store.ring.sink_size, store.ring.recent_size, self.scale, dtype)
         rows = [
-            dense_attention(
-                q, k, v, self.mask, store.ring.sink_size, store.ring.recent_size, self.scale, dtype
-            )[len(q) - chunk :]
+            dense_attention(q, k, v, *rule, sinks=sinks)[len(q) - chunk :]
             for (q, k, v), chunk in zip(self.sequences, self.batch.query_lens, strict=True)
         ]
         return torch.cat(rows)
@@ -75,10 +76,12 @@ def make_step(
     draft_size=0,
     seed=0,
     padding=3,
+    sinks=None,
     **sizes,
 ):
     """A step of requests with these contexts and chunks; ``num_decodes`` defaults to all.
 
+    ``sinks`` names learned sinks (``oracle.SINKS``); by default there are none.
     Requests of no tokens at all take part like a serving framework's padding.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +117,17 @@ def make_step(
 
     q, k, v = take(0), take(1), take(2)
     return Step(
-        store, sequences, batch, store.caches, q, k, v, list(mask), head_size**-0.5, store.heads
+        store,
+        sequences,
+        batch,
+        store.caches,
+        q,
+        k,
+        v,
+        list(mask),
+        head_size**-0.5,
+        store.heads,
+        sinks and make_sinks(sinks, heads * group, seed),
     )
 
 
@@ -140,6 +153,7 @@ def on_device(step, device):
         q=step.q.to(device),
         k=step.k.to(device),
         v=step.v.to(device),
+        sinks=None if step.sinks is None else step.sinks.to(device),
     )
 
 

@@ -42,7 +42,7 @@ def serve(store, sequences, chunk_of, scale, **kwargs):
         )
 
 
-def assert_rule_holds(sequences, mask, sink_size, recent_size, scale):
+def assert_rule_holds(sequences, mask, sink_size, recent_size, scale, sinks=None):
     """Compare with float64; the bound is twice the error of the same maths in float32.
 
     The operators compute in float32 for every narrower dtype and round once at the end, so that
@@ -50,8 +50,9 @@ def assert_rule_holds(sequences, mask, sink_size, recent_size, scale):
     rounds the weights too, each by half a unit at most: that is the other half.
     """
     for s in sequences:
-        exact = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale)
-        plain = dense_attention(s.q, s.k, s.v, mask, sink_size, recent_size, scale, torch.float32)
+        rule = (s.q, s.k, s.v, mask, sink_size, recent_size, scale)
+        exact = dense_attention(*rule, sinks=sinks)
+        plain = dense_attention(*rule, torch.float32, sinks=sinks)
         rounding = torch.finfo(s.q.dtype).eps * exact.abs().max()
         # The floor is a few float32 roundings, as in steps.py: short rows can be exact by luck in one
         # order of sums.

@@ -30,6 +30,7 @@ def step(**changes):
         "value": torch.zeros(12, 2, 32),
         "output": torch.zeros(12, 4, 32),
         "caches": store.caches,
+        "sinks": None,
         **changes,
     }
     batch = Batch.from_host(np.array([0, 12]), np.array([12]), 0)
@@ -42,6 +43,7 @@ def step(**changes):
         batch,
         1.0,
         tensors["output"],
+        sinks=tensors["sinks"],
     )
 
 
@@ -56,6 +58,13 @@ def step(**changes):
         ({"query": torch.zeros(12, 4, 32, 1, 1)}, "of up to 4 dimensions"),
         ({"output": torch.zeros(12, 4, 32, device="meta")}, "output must be .* got .* on meta"),
         ({"caches": LayerCaches()}, "1 retrieval heads and no retrieval cache"),
+        (
+            {"sinks": torch.zeros(2)},
+            r"sinks must be \[4\] float32, one of each query head, got \[2\]",
+        ),
+        ({"sinks": torch.zeros(4).bfloat16()}, "sinks must be .* float32"),
+        ({"sinks": torch.zeros(8)[::2]}, "sinks must be .* float32"),
+        ({"sinks": torch.zeros(4, 1)}, r"sinks must be .* got \[4, 1\]"),
         (
             {"key": torch.zeros(12, 2, 32).double(), "value": torch.zeros(12, 2, 32).double()},
             "VLLM_DUO_OPS=reference",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from tests.ops.oracle import Store
-from tests.ops.random_steps import cases, serve_case
+from tests.ops.random_steps import cases, serve_case, sinks_of
 from tests.ops.test_attention import assert_rule_holds, make_sequences, serve
 
 
@@ -17,7 +17,8 @@ from tests.ops.test_attention import assert_rule_holds, make_sequences, serve
 @given(case=cases(longest_span=500))
 def test_random_shapes(case):
     sequences, scale = serve_case(case)
-    assert_rule_holds(sequences, case["mask"], case["sink"], case["recent"], scale)
+    rule = (case["mask"], case["sink"], case["recent"], scale)
+    assert_rule_holds(sequences, *rule, sinks_of(case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.ops.oracle import SINKS
 from tests.ops.steps import clone, make_step, on_device
 from vllm_duo.ops.batch import Batch
 
@@ -22,7 +23,15 @@ def serve(step, output):
     from vllm_duo.ops.layer.triton import attend_and_write
 
     attend_and_write(
-        step.q, step.k, step.v, step.heads, step.caches, step.batch, step.scale, output
+        step.q,
+        step.k,
+        step.v,
+        step.heads,
+        step.caches,
+        step.batch,
+        step.scale,
+        output,
+        sinks=step.sinks,
     )
 
 
@@ -39,6 +48,15 @@ def test_layer_on_the_device(group, head_size, dtype):
         head_size=head_size,
         dtype=dtype,
     )
+    step = on_device(step, "cuda")
+    output = torch.full_like(step.q, torch.nan)
+    serve(step, output)
+    step.assert_exact(output)
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_layer_with_learned_sinks_on_the_device(kind):
+    step = make_step([True, False], [5000, 70, 40], [1, 200, 1], num_decodes=1, group=8, sinks=kind)
     step = on_device(step, "cuda")
     output = torch.full_like(step.q, torch.nan)
     serve(step, output)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.oracle import Store, run_step
-from tests.ops.random_steps import cases, serve_case
+from tests.ops.oracle import SINKS, Store, make_sinks, run_step
+from tests.ops.random_steps import cases, serve_case, sinks_of
 from tests.ops.test_attention import (
     MASKS,
     assert_rule_holds,
@@ -153,7 +153,34 @@ def test_random_shapes(name, case):
     form = FORMATS[name]
     sequences, scale = serve_case(case, form=form, scales=SCALES)
     kept = as_kept(sequences, form)
-    assert_rule_holds(kept, case["mask"], case["sink"], case["recent"], scale)
+    rule = (case["mask"], case["sink"], case["recent"], scale)
+    assert_rule_holds(kept, *rule, sinks_of(case))
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_learned_sinks_over_what_is_kept(form, kind):
+    """Decoded whole, in parts that are merged, and prefilled."""
+    sinks = make_sinks(kind, 8)
+    store = Store(
+        [True, False],
+        64,
+        requests=2,
+        max_tokens=700,
+        recent_size=600,
+        seed=64,
+        form=form,
+        scales=SCALES,
+        sinks=sinks,
+    )
+    sequences = make_sequences([620, 45], 2, 4, 64, torch.float32, seed=65)
+    serve(
+        store,
+        sequences,
+        lambda left: min(left, 3) if left <= 12 else min(left - 12, 150),
+        0.125,
+        decode_up_to=3,
+    )
+    assert_rule_holds(as_kept(sequences, form), [True, False], 20, 600, 0.125, sinks)
 
 
 def test_long_requests_are_split_and_merged(form):

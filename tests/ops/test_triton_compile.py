@@ -34,7 +34,7 @@ def compiled(cases, cache):
 def assert_fits(kernels, cases):
     names = [kernel["kernel"] for kernel in kernels]
     each = ["_write_kv", "_copy_snapshots", "_decode", "_merge", "_prefill"]
-    expected = [n for case in cases for n in each if case[-1] != "retrieval" or "snap" not in n]
+    expected = [n for case in cases for n in each if case[5] != "retrieval" or "snap" not in n]
     assert names == expected
     for kernel in kernels:
         assert kernel["shared_bytes"] <= SHARED_BYTES[kernel["arch"]], kernel
@@ -42,12 +42,13 @@ def assert_fits(kernels, cases):
 
 @pytest.mark.slow
 def test_triton_kernels_compile_for_hopper(tmp_path):
-    cases = [(90, "bfloat16", 128, 4, 1, "both")]
+    cases = [(90, "bfloat16", 128, 4, 1, "both"), (90, "bfloat16", 64, 8, 1, "both", True)]
     kernels = compiled(cases, tmp_path)
     assert_fits(kernels, cases)
-    *others, prefill = [kernel["stack_bytes"] for kernel in kernels]
-    assert others == [0] * 4
-    assert prefill <= PREFILL_STACK_BYTES
+    for of_case in (kernels[:5], kernels[5:]):
+        *others, prefill = [kernel["stack_bytes"] for kernel in of_case]
+        assert others == [0] * 4
+        assert prefill <= PREFILL_STACK_BYTES
 
 
 @pytest.mark.slow

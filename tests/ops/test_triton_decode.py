@@ -8,6 +8,7 @@ import inspect
 import pytest
 import torch
 
+from tests.ops.oracle import SINKS
 from tests.ops.steps import far_apart, make_step
 from tests.ops.triton_cases import (
     checked,  # noqa: F401
@@ -30,6 +31,15 @@ def decode(step):
 @pytest.mark.parametrize("mask", [MIXED, [True], [False]], ids=["both", "retrieval", "streaming"])
 def test_triton_decode_is_the_rule(mask, group):
     decode(make_step(mask, [200, 63], [1, 1], group=group, head_size=32, seed=group))
+
+
+@pytest.mark.parametrize("kind", SINKS)
+@pytest.mark.parametrize("programs", [1, 5])
+def test_triton_decode_with_learned_sinks(kind, programs, monkeypatch):
+    """Of heads that one program serves and of heads whose splits are merged; drafts and padding too."""
+    monkeypatch.setattr(gpu, "num_programs", lambda _: programs)
+    monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
+    decode(make_step(MIXED, [200, 20, 0], [1, 3, 0], group=3, draft_size=7, seed=7, sinks=kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -50,7 +50,7 @@ def serve(step, **kwargs):
     reference.write_streaming(step.k, step.v, step.heads, expected, step.batch)
     output = torch.full_like(step.q, torch.nan)
     args = (step.q, step.k, step.v, step.heads, step.caches, step.batch, step.scale)
-    layer_kernel.attend_and_write(*args, output, **kwargs)
+    layer_kernel.attend_and_write(*args, output, sinks=step.sinks, **kwargs)
     step.assert_exact(output)
     for now, then in (
         (step.caches.retrieval, expected.retrieval),
@@ -84,6 +84,17 @@ def test_triton_layer_serves_decodes_beside_prefills(launches):
         "prefill",
         "write_streaming",
     ]
+
+
+def test_triton_layer_with_learned_sinks(launches):
+    serve(make_step(MIXED, [130, 40, 0], [1, 50, 20], num_decodes=1, seed=7, sinks="ordinary"))
+    assert {"decode", "prefill"} <= set(launches)
+
+
+def test_triton_layer_refuses_sinks_that_another_kernel_would_leave_out():
+    step = make_step(MIXED, [20], [30], num_decodes=0, seed=8, sinks="ordinary")
+    with pytest.raises(ValueError, match="leaves them out"):
+        serve(step, retrieval_prefill=lambda *_: None)
 
 
 def test_triton_layer_stores_the_state_before_it_is_overwritten():

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.ops.oracle import SINKS
 from tests.ops.steps import far_apart, make_step
 from tests.ops.triton_cases import (
     checked,  # noqa: F401
@@ -29,6 +30,11 @@ def prefill(step):
 def test_triton_prefill_is_the_rule(mask, group):
     step = make_step(mask, [37, 0], [21, 9], num_decodes=0, group=group, head_size=32, seed=group)
     prefill(step)
+
+
+@pytest.mark.parametrize("kind", SINKS)
+def test_triton_prefill_with_learned_sinks(kind):
+    prefill(make_step(MIXED, [37, 0], [41, 9], num_decodes=0, group=3, seed=8, sinks=kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -78,8 +78,8 @@ MASKS = {
 }
 
 
-def launch_all(dtype, head_size, group, query_len, mask):
-    """Call every operator once, for two decodes and two prefills."""
+def launch_all(dtype, head_size, group, query_len, mask, sinks=False):
+    """Call every operator once, for two decodes and two prefills, with learned sinks or without."""
     from vllm_duo.ops.decode import triton as decode
     from vllm_duo.ops.prefill import triton as prefill
     from vllm_duo.ops.snapshot import triton as snapshot
@@ -108,15 +108,17 @@ def launch_all(dtype, head_size, group, query_len, mask):
     batch = Batch.from_host(starts, [1000] * 4, 2)
     write_kv.write_kv(k, v, heads, caches, batch)
     snapshot.copy_snapshots(k, v, heads, caches, batch)
-    decode.decode(q, k, v, heads, caches, batch, 0.1, torch.empty_like(q))
-    prefill.prefill(q, k, v, heads, caches, batch, 0.1, torch.empty_like(q))
+    step = (q, k, v, heads, caches, batch, 0.1, torch.empty_like(q))
+    learned = torch.zeros(4 * group) if sinks else None
+    decode.decode(*step, learned)
+    prefill.prefill(*step, learned)
 
 
 def main():
-    for arch, dtype, head_size, group, query_len, mask in json.loads(sys.argv[1]):
+    for arch, dtype, head_size, group, query_len, mask, *sinks in json.loads(sys.argv[1]):
         launches = []
         capture(launches)
-        launch_all(getattr(torch, dtype), head_size, group, query_len, mask)
+        launch_all(getattr(torch, dtype), head_size, group, query_len, mask, *sinks)
         for kernel, args, kwargs in launches:
             result = compile_launch(kernel, args, kwargs, GPUTarget("cuda", arch, 32))
             shape = {

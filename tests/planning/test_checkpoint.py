@@ -7,7 +7,7 @@ import json
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.server.configs import config_json
+from tests.server.configs import GPT_OSS, config_json
 from tests.server.refused import REFUSED_MODELS
 from tests.this_process import this_process  # noqa: F401 - a fixture
 from vllm_duo.model_facts import model_refusals
@@ -80,6 +80,15 @@ def test_known_types_as_vllm_reads_them(model, model_type, settings):
 
 def test_every_known_type_is_compared():
     assert {*ARCHITECTURES, *TEXT_TYPES.values()} == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("kinds", [None, ["full_attention", "sliding_attention"]])
+def test_gpt_oss_as_vllm_reads_it(model, kinds):
+    """Its RoPE stretches the length, which is not guessed, so it is not among the known types."""
+    folder = model(GPT_OSS if kinds is None else GPT_OSS | {"layer_types": kinds})
+    facts = read_checkpoint(folder).facts
+    assert facts == facts_of(vllm_config(folder))
+    assert facts.windows == ((32, None) if kinds is None else (None, 32))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "phi3"])

@@ -36,8 +36,9 @@ LLAMA_4 = config_json("Llama4ForCausalLM", "llama4_text", head_dim=16, num_local
 CHUNKED = {"attention_chunk_size": 64, "layer_types": ["chunked_attention", "full_attention"]}
 BLOOM = config_json("BloomForCausalLM", "bloom", n_layer=2, n_head=4, seq_length=256)
 FALCON = config_json("FalconForCausalLM", "falcon", alibi=True)
-GPT_OSS = config_json("GptOssForCausalLM", "gpt_oss", head_dim=16, num_local_experts=2)
-WINDOWED = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+GPT_OSS = config_json(
+    "GptOssForCausalLM", "gpt_oss", head_dim=16, num_local_experts=2, sliding_window=32
+)
 JAMBA = config_json("JambaForCausalLM", "jamba", attn_layer_period=2, attn_layer_offset=1)
 DEEPSEEK = config_json("DeepseekV2ForCausalLM", "deepseek_v2", n_routed_experts=2, q_lora_rank=None)
 MLA = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}

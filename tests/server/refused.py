@@ -14,7 +14,6 @@ from tests.server.configs import (
     FULL,
     GEMMA_2,
     GEMMA_3N,
-    GPT_OSS,
     IDEFICS_3,
     JAMBA,
     LLAMA,
@@ -23,7 +22,6 @@ from tests.server.configs import (
     PALIGEMMA,
     TOKENS,
     WHISPER,
-    WINDOWED,
     config_json,
 )
 
@@ -33,10 +31,6 @@ REFUSED_MODELS = {
     "chunked local attention": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
     "ALiBi by model": (BLOOM, "ALiBi position biases"),
     "ALiBi by setting": (FALCON, "ALiBi position biases"),
-    "learned attention sinks": (
-        GPT_OSS | WINDOWED,
-        "learned attention sinks (these are logits, not sink tokens)",
-    ),
     "multi-head latent attention (MLA)": (
         DEEPSEEK | MLA,
         "multi-head latent attention (MLA): its cache has no KV heads to split",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tests.server.configs import GEMMA_3, MISTRAL, config_json, draft_model
+from tests.server.configs import GEMMA_3, GPT_OSS, MISTRAL, config_json, draft_model
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern
 from vllm_duo.server_plan import resolve_plan
@@ -98,6 +98,12 @@ def test_layers_that_slide_stream_and_the_settings_cut_the_others(serve, message
         "sink 4 + recent 256 tokens; 1 of 2 layers slide over 32 tokens of the model's own, with "
         "no sink"
     )
+
+
+def test_learned_sinks_are_no_reason(serve):
+    config = serve(GPT_OSS, duo={"sparsity": 0.5})
+    assert config.attention_config.backend is AttentionBackendEnum.CUSTOM
+    assert resolve_plan(config).windows == (32, None)
 
 
 def test_model_whose_layers_all_slide_needs_no_pattern(serve, messages):

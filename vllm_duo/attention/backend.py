@@ -71,6 +71,11 @@ class DuoAttentionBackend(AttentionBackend):
         return capability >= DeviceCapability(8, 0)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """Learned sinks, a logit of each query head (``ops/decode``); refused on GPUs (``impl.py``)."""
+        return True
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Block-outermost only: layers of different widths share one pool block."""
         return (KVCacheLayout.BLHNC,)

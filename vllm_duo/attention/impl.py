@@ -61,13 +61,17 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
+        self.vllm_config = get_current_vllm_config()
+        on_gpu = self.vllm_config.device_config.device_type != "cpu"
         unsupported = {
             "ALiBi slopes": alibi_slopes is not None,
             "soft-capped logits": bool(logits_soft_cap),
             f"attention type {attn_type}": attn_type != AttentionType.DECODER,
             "another layer's KV cache": kv_sharing_target_layer_name is not None,
+            "learned sinks on a GPU": sinks is not None and on_gpu,
             # A checkpoint may bring its own KV scheme, which vLLM applies layer by layer.
             f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in CACHE_DTYPES,
             **{f"the argument {name}": value is not None for name, value in extra.items()},
@@ -84,7 +88,13 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.form = FORMATS.get(kv_cache_dtype)
-        self.vllm_config = get_current_vllm_config()
+        if sinks is not None and tuple(sinks.shape) != (num_heads,):
+            raise ValueError(
+                f"a layer has learned sinks of the shape {list(sinks.shape)}, expected [{num_heads}], "
+                "one of each of its query heads: the model must hand over those of its own rank alone"
+            )
+        self.loaded_sinks = sinks  # the model's parameter, whose weights have yet to load
+        self.sinks: torch.Tensor | None = None
         # What drafts has heads of its own, all of which keep every token.
         self.drafts = builds_drafter()
         self.streaming_quantised = True
@@ -105,6 +115,8 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Split the layer's heads and describe its caches; safe to call again on a reload."""
+        if self.loaded_sinks is not None:
+            self.sinks = self.loaded_sinks.detach().float().contiguous()
         if self.heads is not None:
             return
         context = self.vllm_config.compilation_config.static_forward_context
@@ -200,6 +212,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             self.scale,
             output,
             self.retrieval_prefill,
+            self.sinks,
         )
         return output
 

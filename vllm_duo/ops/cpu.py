@@ -85,6 +85,7 @@ def run(
     scale: float = 1.0,
     output: torch.Tensor | None = None,
     requests: tuple[int, int] = (0, 0),
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Run some phases of a layer's step in one call, in the order in which they must run.
 
@@ -99,6 +100,7 @@ def run(
         scale: factor on the logits.
         output: [T, Hq, D], mutated in place; None without ``ATTEND``.
         requests: first and one past the last request that attends.
+        sinks: [Hq] float32, learned logits without a value; None: there are none.
 
     Raises:
         ValueError: shapes, dtypes, strides or tables disagree.
@@ -134,6 +136,7 @@ def run(
         else batch.memo(("copies", ring), lambda: _copies(ring)),
         caches.key_scale,
         caches.value_scale,
+        None if sinks is None else _view("sinks", sinks),
         FULL_CHECKS,
     )
 

@@ -94,6 +94,7 @@ def attend(
     tiles: Tiles,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of both classes for the given tiles; arguments as in ``vllm_duo.ops.prefill``."""
     classes = (
@@ -107,7 +108,7 @@ def attend(
         elements = len(picked) * max(2 * key.shape[-1], queries_per_key)
         plan = partial(_plan, make, tiles, table, elements, key.device)
         pieces = batch.memo((tiles, table, elements), plan)
-        state = TiledAttention(query, picked, heads.num_kv_heads, tiles, scale)
+        state = TiledAttention(query, picked, heads.num_kv_heads, tiles, scale, sinks)
         _add_pieces(state, pieces, kv_cache, key, value)
         state.store(output)
 

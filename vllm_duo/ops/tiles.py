@@ -79,6 +79,7 @@ class TiledAttention:
         num_kv_heads: Hkv.
         tiles: the query tiles.
         scale: factor on the logits.
+        sinks: [Hq] float32, learned logits without a value; None: there are none.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class TiledAttention:
         num_kv_heads: int,
         tiles: Tiles,
         scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         num_tokens, num_heads, head_size = query.shape
         self.tiles = tiles
@@ -101,6 +103,7 @@ class TiledAttention:
         self.max = self.q.new_full(self.q.shape[:-1], -torch.inf)
         self.sum = torch.zeros_like(self.max)
         self.acc = torch.zeros_like(self.q)
+        self.sinks = sinks
 
     def add(
         self,
@@ -135,7 +138,11 @@ class TiledAttention:
     def store(self, output: torch.Tensor) -> None:
         """Write the result at the tiles' tokens and the class's heads of ``output`` [T, Hq, D]."""
         size, group = self.tiles.size, self.grouped[2]
-        result = self.acc / self.sum[..., None]
+        total = self.sum
+        if self.sinks is not None:
+            own = self.sinks.view(-1, group)[self.heads].repeat(1, size)  # [H, TQ * G]
+            total = total + (own - self.max).exp()
+        result = self.acc / total[..., None]
         slots = torch.arange(size, device=output.device)
         lengths = torch.from_numpy(self.tiles.length).to(output.device)
         used = slots < lengths[:, None]  # [NT, TQ]

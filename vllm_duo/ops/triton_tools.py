@@ -68,6 +68,17 @@ def fold(q, k, v, seen, top, total, acc, scale):
 
 
 @triton.jit
+def add_sinks(total, top, sinks_ptr, query_head, used):
+    """[M] the sums of a tile's weights with the learned sinks of its rows' query heads.
+
+    ``top`` and ``total`` as ``fold`` left them; a sink takes part like one more key, once a row.
+    """
+    sink = tl.load(sinks_ptr + query_head, mask=used, other=float("-inf"))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return total + tl.exp2(sink * 1.4426950408889634 - base)
+
+
+@triton.jit
 def load_rows(at, held, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
     """[N, BLOCK_D] rows at the pointers ``at`` [N]; zeros where not ``held`` and beyond HEAD."""
     d = tl.arange(0, BLOCK_D)

@@ -99,3 +99,25 @@ def check_query(
             f"output must be {tuple(query.shape)} {query.dtype} like query and key ({key.dtype}), "
             f"got {tuple(output.shape)} {output.dtype}"
         )
+
+
+def check_sinks(sinks: torch.Tensor | None, query: torch.Tensor) -> None:
+    """Check learned sinks against the queries; None passes.
+
+    Args:
+        sinks: [Hq] float32, contiguous.
+        query: [T, Hq, D].
+
+    Raises:
+        ValueError: shape, dtype, strides or device disagree.
+    """
+    if sinks is None:
+        return
+    heads = query.shape[1]
+    if tuple(sinks.shape) != (heads,) or sinks.dtype != torch.float32 or not sinks.is_contiguous():
+        raise ValueError(
+            f"sinks must be [{heads}] float32 and contiguous, one of each query head, got "
+            f"{list(sinks.shape)} {sinks.dtype}: convert them once, when the weights have loaded"
+        )
+    if sinks.device != query.device:
+        raise ValueError(f"sinks are on {sinks.device}, query on {query.device}")

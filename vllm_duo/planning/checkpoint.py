@@ -79,6 +79,7 @@ LAYER_KINDS: dict[str, Callable[[Mapping[str, Any]], Callable[[int], bool]]] = {
     "gemma3_text": lambda text: (
         lambda index: (index + 1) % text.get("sliding_window_pattern", 6) > 0
     ),
+    "gpt_oss": lambda text: lambda index: index % 2 == 0,
 }
 """Per model type, whether a layer slides where config.json does not list ``layer_types``."""
 
@@ -287,7 +288,6 @@ class _Reader:
             is_not_causal="rswa_window" in self.config or "canvas_length" in self.config,
             has_noops=bool(self.text.get("block_configs")),
             kv_cache_scheme=quantisation.get("kv_cache_scheme"),
-            has_learned_sinks=self.model_type == "gpt_oss",
             shares_caches=bool(self.text.get("num_kv_shared_layers")),
         )
 

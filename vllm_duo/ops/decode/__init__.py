@@ -7,7 +7,7 @@ import torch
 from vllm_duo.ops import cpu, gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.decode import reference
-from vllm_duo.ops.validate import check_layer, check_query
+from vllm_duo.ops.validate import check_layer, check_query, check_sinks
 
 
 def decode(
@@ -19,6 +19,7 @@ def decode(
     batch: Batch,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """The decodes' tokens: few queries a request, both classes in one call.
 
@@ -35,6 +36,8 @@ def decode(
         batch: the step's requests; this call serves the first ``num_decodes``.
         scale: factor on the logits, mostly D ** -0.5.
         output: [T, Hq, D], mutated in place at these requests' tokens only.
+        sinks: [Hq] float32, learned logits that take part in the softmax like one more key without a
+            value, unscaled (gpt-oss); None: there are none.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree.
@@ -53,10 +56,12 @@ def decode(
             scale=scale,
             output=output,
             requests=(0, batch.num_decodes),
+            sinks=sinks,
         )
         return
     check_layer(key, value, heads, caches, batch)
     check_query(query, key, heads, output)
+    check_sinks(sinks, query)
     gpu.implementation(key, reference).decode(
-        query, key, value, heads, caches, batch, scale, output
+        query, key, value, heads, caches, batch, scale, output, sinks
     )

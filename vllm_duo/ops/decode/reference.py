@@ -18,10 +18,11 @@ def decode(
     batch: Batch,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """See ``vllm_duo.ops.decode``: one tile a request, as long as the longest chunk."""
     longest = int(batch.query_lens[: batch.num_decodes].max(initial=0))
     if longest == 0:
         return
     tiles = batch.memo("decode", lambda: make_tiles(batch, 0, batch.num_decodes, longest))
-    attend(query, key, value, heads, caches, batch, tiles, scale, output)
+    attend(query, key, value, heads, caches, batch, tiles, scale, output, sinks)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
-from vllm_duo.ops.triton_tools import fold_slots, fold_tokens
+from vllm_duo.ops.triton_tools import add_sinks, fold_slots, fold_tokens
 
 
 @triton.jit
@@ -99,7 +99,9 @@ def _attend(
     scale,
     acc_ptr,
     lse_ptr,
+    sinks_ptr,
     STREAMING: tl.constexpr,
+    SINKS: tl.constexpr,
     COUNT: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -184,6 +186,9 @@ def _attend(
         BLOCK_C,
         BLOCK_D,
     )
+    if SINKS:
+        if count == 1:
+            total = add_sinks(total, top, sinks_ptr, query_head, used)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     if count == 1:
         at = out_ptr + query_token * stride_out_token + query_head * stride_out_head
@@ -232,10 +237,12 @@ def _decode(
     scale,
     acc_ptr,
     lse_ptr,
+    sinks_ptr,
     R_COUNT: tl.constexpr,
     R_PAGE: tl.constexpr,
     S_COUNT: tl.constexpr,
     S_PAGE: tl.constexpr,
+    SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -294,7 +301,9 @@ def _decode(
                 scale,
                 acc_ptr,
                 lse_ptr,
+                sinks_ptr,
                 False,
+                SINKS,
                 R_COUNT,
                 R_PAGE,
                 GROUP,
@@ -338,7 +347,9 @@ def _decode(
                 scale,
                 acc_ptr,
                 lse_ptr,
+                sinks_ptr,
                 True,
+                SINKS,
                 S_COUNT,
                 S_PAGE,
                 GROUP,
@@ -365,8 +376,10 @@ def _merge(
     slots,
     acc_ptr,
     lse_ptr,
+    sinks_ptr,
     R_COUNT: tl.constexpr,
     S_COUNT: tl.constexpr,
+    SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -424,9 +437,12 @@ def _merge(
             total = total * decay + weight
             acc = acc * decay[:, None] + part * weight[:, None]
             top = new_top
+        query_head = head * GROUP + m % GROUP
+        if SINKS:
+            total = add_sinks(total, top, sinks_ptr, query_head, used)
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         token = (begin + m // GROUP).to(tl.int64)
-        at = out_ptr + token * stride_out_token + (head * GROUP + m % GROUP) * stride_out_head
+        at = out_ptr + token * stride_out_token + query_head * stride_out_head
         tl.store(at[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -439,6 +455,7 @@ def decode(
     batch: Batch,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """See ``vllm_duo.ops.decode``; no request's query may be longer than ``gpu.MAX_DECODE_QUERY``.
 
@@ -465,6 +482,7 @@ def decode(
     shared = {
         "R_COUNT": of_retrieval.count,
         "S_COUNT": of_streaming.count,
+        "SINKS": sinks is not None,
         "GROUP": group,
         "HEAD": head_size,
         "BLOCK_M": block_m,
@@ -492,6 +510,7 @@ def decode(
         scale * math.log2(math.e),
         acc,
         lse,
+        query if sinks is None else sinks,
         R_PAGE=of_retrieval.page,
         S_PAGE=of_streaming.page,
         BLOCK_C=16,
@@ -507,6 +526,7 @@ def decode(
         sink + ring,
         acc,
         lse,
+        query if sinks is None else sinks,
         num_warps=4,
         **shared,
     )

@@ -25,6 +25,7 @@ def attend_and_write(
     scale: float,
     output: torch.Tensor,
     retrieval_prefill: gpu.RetrievalPrefill | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of all requests and the writes into both caches; arguments as in ``decode``.
 
@@ -51,16 +52,17 @@ def attend_and_write(
             scale=scale,
             output=output,
             requests=(0, batch.num_reqs),
+            sinks=sinks,
         )
         return
     if gpu.runs(key):
         implementation = importlib.import_module("vllm_duo.ops.layer.triton")
         implementation.attend_and_write(
-            query, key, value, heads, caches, batch, scale, output, retrieval_prefill
+            query, key, value, heads, caches, batch, scale, output, retrieval_prefill, sinks
         )
         return
     write_retrieval(key, value, heads, caches, batch)
     copy_snapshots(key, value, heads, caches, batch)
-    decode(query, key, value, heads, caches, batch, scale, output)
-    prefill(query, key, value, heads, caches, batch, scale, output)
+    decode(query, key, value, heads, caches, batch, scale, output, sinks)
+    prefill(query, key, value, heads, caches, batch, scale, output, sinks)
     write_streaming(key, value, heads, caches, batch)

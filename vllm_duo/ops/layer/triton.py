@@ -9,7 +9,7 @@ from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
 from vllm_duo.ops.decode.triton import decode
 from vllm_duo.ops.prefill.triton import prefill
 from vllm_duo.ops.snapshot.triton import copy_snapshots
-from vllm_duo.ops.validate import check_layer, check_query
+from vllm_duo.ops.validate import check_layer, check_query, check_sinks
 from vllm_duo.ops.write_kv.triton import write_kv, write_retrieval, write_streaming
 
 
@@ -23,6 +23,7 @@ def attend_and_write(
     scale: float,
     output: torch.Tensor,
     retrieval_prefill: gpu.RetrievalPrefill | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of all requests and the writes into both caches; arguments as in ``decode``.
 
@@ -42,20 +43,30 @@ def attend_and_write(
         output: [T, Hq, D], mutated in place.
         retrieval_prefill: serves the prefills' retrieval heads instead of the Triton kernel. It reads
             the chunk's own tokens from the retrieval cache, which is written by then.
+        sinks: [Hq] float32, as in ``decode``; ``retrieval_prefill`` is not told of them.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides disagree.
+        ValueError: shapes, dtypes, devices or strides disagree, or both sinks and
+            ``retrieval_prefill`` are given.
     """
     check_layer(key, value, heads, caches, batch)
     check_query(query, key, heads, output)
+    check_sinks(sinks, query)
+    if sinks is not None and retrieval_prefill is not None:
+        raise ValueError(
+            "learned sinks with another kernel for the prefills' retrieval heads, which leaves them "
+            'out: pass no such kernel ("retrieval_prefill": "triton")'
+        )
     copy_snapshots(key, value, heads, caches, batch)
     at_once = writes_at_once(caches, batch)
     write = write_kv if at_once else write_retrieval
     write(key, value, heads, caches, batch)
-    decode(query, key, value, heads, caches, batch, scale, output)
+    decode(query, key, value, heads, caches, batch, scale, output, sinks)
     if batch.num_reqs > batch.num_decodes:
         elsewhere = retrieval_prefill is not None and caches.retrieval is not None
-        prefill(query, key, value, heads, caches, batch, scale, output, retrieval=not elsewhere)
+        prefill(
+            query, key, value, heads, caches, batch, scale, output, sinks, retrieval=not elsewhere
+        )
         if retrieval_prefill is not None and elsewhere:
             retrieval_prefill(query, heads, caches, batch, scale, output)
     if not at_once:

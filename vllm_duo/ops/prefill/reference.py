@@ -21,6 +21,7 @@ def prefill(
     batch: Batch,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """See ``vllm_duo.ops.prefill``: tiles of up to 128 queries, fewer where chunks are short."""
     longest = int(batch.query_lens[batch.num_decodes :].max(initial=0))
@@ -30,4 +31,4 @@ def prefill(
     tiles = batch.memo(
         "prefill", lambda: make_tiles(batch, batch.num_decodes, batch.num_reqs, size)
     )
-    attend(query, key, value, heads, caches, batch, tiles, scale, output)
+    attend(query, key, value, heads, caches, batch, tiles, scale, output, sinks)

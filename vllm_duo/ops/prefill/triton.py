@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
-from vllm_duo.ops.triton_tools import fold_slots, fold_tokens
+from vllm_duo.ops.triton_tools import add_sinks, fold_slots, fold_tokens
 
 
 @triton.jit
@@ -53,7 +53,9 @@ def _tile(
     recent,
     ring,
     scale,
+    sinks_ptr,
     STREAMING: tl.constexpr,
+    SINKS: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
@@ -153,6 +155,8 @@ def _tile(
         BLOCK_N,
         BLOCK_D,
     )
+    if SINKS:
+        total = add_sinks(total, top, sinks_ptr, query_head, used)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     at = out_ptr + token * stride_out_token + query_head * stride_out_head
     tl.store(at[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -193,10 +197,12 @@ def _prefill(
     recent,
     ring,
     scale,
+    sinks_ptr,
     R_COUNT: tl.constexpr,
     R_PAGE: tl.constexpr,
     S_COUNT: tl.constexpr,
     S_PAGE: tl.constexpr,
+    SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -252,7 +258,9 @@ def _prefill(
                     recent,
                     ring,
                     scale,
+                    sinks_ptr,
                     False,
+                    SINKS,
                     R_PAGE,
                     GROUP,
                     HEAD,
@@ -292,7 +300,9 @@ def _prefill(
                     recent,
                     ring,
                     scale,
+                    sinks_ptr,
                     True,
+                    SINKS,
                     S_PAGE,
                     GROUP,
                     HEAD,
@@ -311,6 +321,7 @@ def prefill(
     batch: Batch,
     scale: float,
     output: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     *,
     retrieval: bool = True,
 ) -> None:
@@ -325,6 +336,7 @@ def prefill(
         batch: the step's requests.
         scale: factor on the logits.
         output: [T, Hq, D], mutated in place.
+        sinks: [Hq] float32, or None.
         retrieval: False where another kernel serves the retrieval heads.
 
     Raises:
@@ -360,10 +372,12 @@ def prefill(
         recent,
         ring,
         scale * math.log2(math.e),
+        query if sinks is None else sinks,
         R_COUNT=of_retrieval.count,
         R_PAGE=of_retrieval.page,
         S_COUNT=of_streaming.count,
         S_PAGE=of_streaming.page,
+        SINKS=sinks is not None,
         GROUP=group,
         HEAD=head_size,
         BLOCK_M=block_m,
