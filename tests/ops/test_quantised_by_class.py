@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.oracle import Store, run_step
-from tests.ops.random_steps import cases, serve_case
+from tests.ops.random_steps import cases, serve_case, sinks_of
 from tests.ops.test_attention import (
     MASKS,
     assert_rule_holds,
@@ -26,10 +26,17 @@ from vllm_duo.ops.quantise import dequantise, quantise
 SCALES = (0.5, 0.03)  # of a layer
 
 
-@pytest.fixture(autouse=True)
-def _kernels(implementation):
-    if implementation == "reference":
-        pytest.skip("the PyTorch operators do not read quantised caches: test_quantised.py")
+@pytest.fixture(autouse=True, params=sorted({"portable", cpu.isa()}))
+def implementation(request, monkeypatch):
+    """Which dtype a class has is decided outside of the variants: two of them are enough.
+
+    The PyTorch operators do not read quantised caches.
+    """
+    before = cpu.isa()
+    monkeypatch.setattr(cpu, "use_reference", False)
+    cpu.force_isa(request.param)
+    yield request.param
+    cpu.force_isa(before)
 
 
 @pytest.fixture(params=[name for name in FORMATS if name != "fp8"])
@@ -120,7 +127,7 @@ def test_random_shapes(name, case):
     settings = {"form": FORMATS[name], "scales": SCALES, "streaming_quantised": False}
     sequences, scale = serve_case(case, **settings)
     kept = as_kept(sequences, case["mask"], FORMATS[name])
-    assert_rule_holds(kept, case["mask"], case["sink"], case["recent"], scale)
+    assert_rule_holds(kept, case["mask"], case["sink"], case["recent"], scale, sinks_of(case))
 
 
 def test_a_restored_snapshot_is_the_state_it_was_stored_from(form):
