@@ -91,6 +91,18 @@ class Engine:
             max_tokens=max_tokens, temperature=0, logprobs=3, ignore_eos=True, detokenize=False
         )
 
+    def record_preemptions(self):
+        """The requests that are preempted from now on, in a list that grows."""
+        scheduler, preempted = self.core.scheduler, []
+        preempt = scheduler._preempt_request
+
+        def record(request, *args, **kwargs):
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        scheduler._preempt_request = record
+        return preempted
+
     def check_pool(self, *, idle):
         """free + held == total, no block in two tables, every ring within its formula."""
         from vllm_duo.kv_cache.manager import RingManager

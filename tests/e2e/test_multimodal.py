@@ -237,12 +237,7 @@ def test_a_small_pool_preempts_in_the_middle_of_pictures(family, vision_model, p
         skip_tokenizer_init=False,
         enable_prefix_caching=True,
     ) as running:
-        scheduler, preempted = running.core.scheduler, []
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (
-            preempted.append(request.request_id),
-            preempt(request, *a, **k),
-        )[1]
+        preempted = running.record_preemptions()
         asked = ask(running, family, asks, 40)
     assert preempted
     assert_oracles(PictureOracle(model, mask_of("mixed", KV_HEADS), SINK, RECENT), asked, 40)

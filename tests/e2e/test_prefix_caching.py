@@ -124,12 +124,7 @@ def test_a_small_pool_evicts_and_preempts_and_stays_right(model, pattern_of):
         max_num_batched_tokens=128,
         num_gpu_blocks_override=200,
     ) as running:
-        scheduler, preempted = running.core.scheduler, []
-        preempt = scheduler._preempt_request
-        scheduler._preempt_request = lambda request, *a, **k: (
-            preempted.append(request.request_id),
-            preempt(request, *a, **k),
-        )[1]
+        preempted = running.record_preemptions()
         answers, hits = Cached(running).ask(prompts)
         running.check_pool(idle=True)
     assert preempted
