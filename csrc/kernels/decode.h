@@ -13,6 +13,11 @@ namespace {
 // its value is needed.
 constexpr int TILE = 2 * LANES;
 
+// Score or weight of row r and key k of a tile: score[r * Row + k * Key].
+template <int Row, int Key>
+struct ScoreStrides {};
+using RowByRow = ScoreStrides<TILE, 1>;
+
 // What one thread holds of an item.
 struct DecodeRows {
     float* query;   // [rows, padded] in chunk order, times scale * log2(e)
@@ -119,14 +124,9 @@ DUO_INLINE void score_tile(const float* query, HeadChunks chunks, const T* const
     }
 }
 
-// Weight of row r and key k: score[r * Row + k * Key].
-template <int Row, int Key>
-struct WeightStrides {};
-using RowByRow = WeightStrides<TILE, 1>;
-
 // values[r] += score[r] * value, R rows and C chunks of the head.
 template <typename T, int R, int C, bool Half, bool Ahead, int Row, int Key, typename Reads>
-DUO_INLINE void apply_chunks(WeightStrides<Row, Key>, const float* score, const T* const* value,
+DUO_INLINE void apply_chunks(ScoreStrides<Row, Key>, const float* score, const T* const* value,
                              Reads& ahead, int chunk, float* values, int64_t padded) {
     Vec total[R][2 * C];
 #pragma GCC unroll 16
@@ -244,18 +244,28 @@ DUO_INLINE void for_row_groups(int rows, Work work) {
 
 // Hides what a row does not see: repeated keys of the last tile, and later drafts from earlier
 // ones.
-template <typename T>
-DUO_INLINE void hide_keys(const HeadClass& heads, const Request& request, int group,
-                          const KeyBlock<T, TILE>& tile, DecodeRows& rows) {
+template <typename T, int Row, int Key>
+DUO_INLINE void hide_keys(ScoreStrides<Row, Key>, const HeadClass& heads, const Request& request,
+                          int group, const KeyBlock<T, TILE>& tile, int rows, float* score) {
     if (tile.count == TILE && request.length == 1) return;
-    for (int r = 0; r < rows.rows; ++r) {
-        float* score = rows.score + r * TILE;
-        for (int k = tile.count; k < TILE; ++k) score[k] = -__builtin_inff();
+    for (int r = 0; r < rows; ++r, score += Row) {
+        for (int k = tile.count; k < TILE; ++k) score[k * Key] = -__builtin_inff();
         if (request.length == 1) continue;
         const int64_t position = request.context + r / group;
         for (int k = 0; k < tile.count; ++k) {
-            if (!sees(heads, position, tile.position[k])) score[k] = -__builtin_inff();
+            if (!sees(heads, position, tile.position[k])) score[k * Key] = -__builtin_inff();
         }
+    }
+}
+
+// Fills a tile; missing keys repeat one that is there, and are to be hidden.
+template <typename T>
+DUO_INLINE void fill_tile(KeyWalk& walk, KeyBlock<T, TILE>& tile) {
+    walk.fill(tile);
+    if (tile.count == 0) return;
+    for (int k = tile.count; k < TILE; ++k) {
+        tile.key[k] = tile.key[0];
+        tile.value[k] = tile.value[0];
     }
 }
 
@@ -296,16 +306,11 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
     KeyBlock<T, TILE> tiles[2];
     const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
     TileScales scales;
-    walk.fill(tiles[0]);
+    fill_tile(walk, tiles[0]);
     for (int turn = 0; tiles[turn & 1].count; ++turn) {
         KeyBlock<T, TILE>& tile = tiles[turn & 1];
         KeyBlock<T, TILE>& next = tiles[~turn & 1];
-        walk.fill(next);
-        // Missing keys repeat one that is there, and are hidden below.
-        for (int k = tile.count; k < TILE; ++k) {
-            tile.key[k] = tile.key[0];
-            tile.value[k] = tile.value[0];
-        }
+        fill_tile(walk, next);
         const T* upcoming = next.count ? next.key[0] : tile.key[0];
         if (next.count == 0 && following) {
             KeyBlock<T, 1> first;
@@ -327,7 +332,7 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
                         scales.value);
             scale_scores(scales, rows);
         }
-        hide_keys(heads, request, step.group, tile, rows);
+        hide_keys(RowByRow{}, heads, request, step.group, tile, rows.rows, rows.score);
         for (int r = 0; r < rows.rows; ++r) weigh_row(rows, r, scaled ? scales.value : nullptr);
         for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
             const float* score = rows.score + r * TILE;

@@ -90,26 +90,21 @@ class DecodePairs {
         Keys* now = &ring[0];
         Keys* next = &ring[1];
         Keys* third = &ring[2];
-        fill(walk, *now);
-        fill(walk, *next);
+        fill_tile(walk, *now);
+        fill_tile(walk, *next);
         LinesAhead ahead{first_line(next->count ? *next : *now)};
         score(tiles, *now, score_, ahead);
         for (int turn = 0; now->count; ++turn) {
-            if (next->count)
-                fill(walk, *third);
-            else
-                third->count = 0;
+            fill_tile(walk, *third);
             if (third->count) {
                 ahead.at = first_line(*third);
-            } else if (following) {
+            } else {
                 Keys other;
                 others.fill(other);
                 ahead.at = first_line(other.count ? other : *now);
-            } else {
-                ahead.at = first_line(*now);
             }
             if (next->count) score(tiles, *next, score_of(turn + 1), ahead);
-            hide(*now, score_of(turn));
+            hide_keys(Strides{}, heads_, request_, step_.group, *now, rows_, score_of(turn));
             weigh(score_of(turn), ahead);
             apply(*now, score_of(turn), ahead);
             Keys* done = now;
@@ -122,6 +117,7 @@ class DecodePairs {
 
   private:
     using Keys = KeyBlock<BFloat16, TILE>;
+    using Strides = ScoreStrides<1, R>;
 
     char* address(const Rows& tensor, int row) const {
         return query_address(step_, tensor, heads_, item_.head, request_.first_token, row);
@@ -160,16 +156,6 @@ class DecodePairs {
     template <int C>
     DUO_INLINE void load_query(Tiles& tiles) {
         if (C < chunks_.full) tiles.load<4 + C>(query_ + C * TILE_SIDE * R, R * sizeof(float));
-    }
-
-    // Missing keys repeat one that is there, and are hidden later.
-    static void fill(KeyWalk& walk, Keys& keys) {
-        walk.fill(keys);
-        if (keys.count == 0) return;
-        for (int k = keys.count; k < TILE; ++k) {
-            keys.key[k] = keys.key[0];
-            keys.value[k] = keys.value[0];
-        }
     }
 
     // 16 keys as a register loads them.
@@ -220,18 +206,6 @@ class DecodePairs {
         tiles.store<1>(to + TILE_SIDE * R, R * sizeof(float));
     }
 
-    // What is missing, and later drafts from earlier ones.
-    void hide(const Keys& keys, float* score) const {
-        for (int i = keys.count * R; i < TILE * R; ++i) score[i] = -__builtin_inff();
-        if (request_.length == 1) return;
-        for (int k = 0; k < keys.count; ++k) {
-            for (int r = 0; r < rows_; ++r) {
-                const int64_t position = request_.context + r / step_.group;
-                if (!sees(heads_, position, keys.position[k])) score[k * R + r] = -__builtin_inff();
-            }
-        }
-    }
-
     // Scores become weights; where they pass a row's maximum, its sums follow. Lane i is of row i %
     // R.
     void weigh(float* score, LinesAhead& ahead) {
@@ -259,7 +233,6 @@ class DecodePairs {
     }
 
     void apply(const Keys& keys, const float* weight, LinesAhead& ahead) {
-        using Strides = WeightStrides<1, R>;
         for_row_groups(rows_, [&]<int N>(int r, Indices<N>) __attribute__((always_inline)) {
             float* values = values_ + r * padded_;
             if (r == 0) {
