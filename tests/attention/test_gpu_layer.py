@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ops.flashinfer_stand_in import StandIn
 from vllm_duo.attention import impl, retrieval_prefill, specs
 from vllm_duo.attention.head_buffers import HeadBuffers
 from vllm_duo.config import DuoConfig, resolve
@@ -35,6 +34,16 @@ class Layer(torch.nn.Module):
     attn_backend = None
 
 
+class Wrapper:
+    """Stands for FlashInfer's, and keeps what it is told."""
+
+    def __init__(self, workspace, layout):
+        self.device = workspace.device
+
+    def plan(self, **arguments):
+        self.planned = arguments
+
+
 @pytest.fixture
 def layer(monkeypatch):
     """A layer with two retrieval and two streaming heads, set up with FlashInfer."""
@@ -53,7 +62,7 @@ def layer(monkeypatch):
     monkeypatch.setattr(impl, "Attention", Layer)
     monkeypatch.setattr(specs, "resolve_plan", lambda _: plan)
     monkeypatch.setattr(impl.DuoAttentionImpl, "_check_window", lambda *_: None)
-    monkeypatch.setattr(retrieval_prefill, "find_flashinfer", lambda: (StandIn, "0.7.0.post1"))
+    monkeypatch.setattr(retrieval_prefill, "find_flashinfer", lambda: (Wrapper, "0.7.0.post1"))
     retrieval_prefill.server_choice.cache_clear()
     layer.impl = impl.DuoAttentionImpl(16, 64, 0.125, 4)
     layer.impl.process_weights_after_loading(torch.bfloat16)
@@ -65,8 +74,9 @@ def test_kernel_is_ready_when_the_weights_have_loaded(layer):
     kernel = layer.impl.retrieval_prefill
     assert isinstance(kernel, FlashInferPrefill)
     (planned,) = kernel._planned.values()
-    assert planned.wrapper.shape == (8, 2, 64, 16)
-    assert planned.wrapper.scale == 0.125
+    plan = planned.wrapper.planned
+    assert (plan["num_qo_heads"], plan["num_kv_heads"], plan["sm_scale"]) == (8, 2, 0.125)
+    assert planned.wrapper.device == plan["paged_kv_indices"].device == torch.device("meta")
 
 
 def test_head_map_is_among_the_model_s_buffers(layer):

@@ -13,7 +13,12 @@ import torch
 
 from tests.ops.flashinfer_stand_in import StandIn
 from vllm_duo.attention import retrieval_prefill
-from vllm_duo.attention.retrieval_prefill import choose, find_flashinfer, layer_kernel, server_choice
+from vllm_duo.attention.retrieval_prefill import (
+    choose,
+    find_flashinfer,
+    layer_kernel,
+    server_choice,
+)
 from vllm_duo.ops.batch import HeadMap
 from vllm_duo.ops.prefill.flashinfer import FlashInferPrefill
 
@@ -102,7 +107,9 @@ def test_flashinfer_when_set():
     ],
 )
 def test_flashinfer_is_never_replaced_when_set(arguments, problem):
-    why = f'^retrieval_prefill "flashinfer": FlashInfer cannot serve this: {problem}: set "triton" or'
+    why = (
+        f'^retrieval_prefill "flashinfer": FlashInfer cannot serve this: {problem}: set "triton" or'
+    )
     with pytest.raises(NotImplementedError, match=why):
         make_choice("flashinfer", **arguments)
 
@@ -137,12 +144,12 @@ class TestFindFlashInfer:
             raise PackageNotFoundError(name)
 
         monkeypatch.setattr(retrieval_prefill, "version", version)
-        with pytest.raises(ImportError, match="flashinfer-python is not installed .pip install"):
+        with pytest.raises(ImportError, match=r"flashinfer-python is not installed \(pip install"):
             find_flashinfer()
 
     def test_no_kernels(self, here):
         here(kernels=False)
-        with pytest.raises(ImportError, match="finds no kernels here .* nvcc"):
+        with pytest.raises(ImportError, match=r"finds no kernels here .* nvcc"):
             find_flashinfer()
 
     def test_parts_of_different_versions(self, here):

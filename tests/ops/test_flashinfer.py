@@ -1,4 +1,4 @@
-"""FlashInfer for the retrieval heads of prefills: its plan, and numbers with a stand-in for its kernel."""
+"""FlashInfer for the retrieval heads of prefills: its plan, and numbers with a stand-in for it."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ BATCHES = {
     "padding behind": ([20, 7, 0, 0], [1, 30, 0, 0], 1),
     "a request without tokens between": ([20, 7, 0, 3], [1, 30, 0, 4], 1),
 }
+
+
+@pytest.fixture(autouse=True)
+def implementation():
+    """None of the operators': no operator is called."""
 
 
 class Wrappers:
@@ -95,9 +100,21 @@ def test_plan_reads_a_table_with_longer_rows():
     assert part.page_indices.tolist() == buffer[1, :4].tolist() + buffer[2, :5].tolist()
 
 
+def test_nothing_on_the_device_is_looked_at():
+    """On PyTorch's device without memory every look is an error."""
+    batch = make_batch([3, 40, 70], [1, 20, 9], 1)
+    table = PagedTable(torch.empty(3, 9, dtype=torch.int32, device="meta"), 16)
+    pages = plan_pages(batch, table)
+    assert pages.page_starts.tolist() == [0, 4, 9]
+    assert pages.page_indices.shape == (9,)
+    assert pages.page_indices.is_meta
+    for array in (pages.query_starts, pages.page_starts, pages.last_page_lens, pages.seq_lens):
+        assert array.is_cpu
+
+
 def test_plan_needs_exact_lengths():
     batch = dataclasses.replace(make_batch([3], [5], 0), knows_prefill_lens=False)
-    with pytest.raises(RuntimeError, match='exact lengths .* set "retrieval_prefill" to'):
+    with pytest.raises(RuntimeError, match=r'exact lengths .* set "retrieval_prefill" to'):
         plan_pages(batch, make_table(1))
 
 
@@ -187,7 +204,9 @@ def test_a_step_is_planned_once_for_all_layers_of_a_shape():
     kernel = FlashInferPrefill(wrappers)
     layers = [
         make_step(mask, [50, 20], [1, 40], num_decodes=1, dtype=torch.bfloat16, seed=seed)
-        for seed, mask in enumerate([[True, False, True], [False, True, True], [True, False, False]])
+        for seed, mask in enumerate(
+            [[True, False, True], [False, True, True], [True, False, False]]
+        )
     ]
     # One table and one batch a step, as vLLM's layers have them.
     first = layers[0]
@@ -291,11 +310,16 @@ def test_prepare_loads_the_kernel_and_leaves_no_plan_behind():
 
 
 def test_prepare_names_what_flashinfer_lacks():
-    def make(*_):
-        raise OSError("nvcc not found")
+    class Failing(StandIn):
+        def plan(self, **arguments):
+            raise OSError("nvcc not found")
 
-    with pytest.raises(RuntimeError, match=r"head size 64 .*bfloat16.*OSError: nvcc not found.*set"):
-        FlashInferPrefill(make).prepare(torch.device("cpu"), SHAPE)
+    kernel = FlashInferPrefill(Failing)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"head size 64 .*bfloat16.*OSError: nvcc not found.*set"
+        ):
+            kernel.prepare(torch.device("cpu"), SHAPE)
 
 
 def test_workspace_holds_the_most_partial_results():
@@ -309,7 +333,9 @@ def test_workspace_holds_the_most_partial_results():
 def test_caches_that_flashinfer_cannot_read_are_refused(change):
     step = make_step([True], [20], [30], num_decodes=0, dtype=torch.bfloat16)
     cache = step.caches.retrieval
-    cache = cache.half() if change == "dtype" else cache.transpose(2, 3).contiguous().transpose(2, 3)
+    cache = (
+        cache.half() if change == "dtype" else cache.transpose(2, 3).contiguous().transpose(2, 3)
+    )
     caches = dataclasses.replace(step.caches, retrieval=cache)
     with pytest.raises(ValueError, match=r"FlashInfer reads caches .* set"):
         FlashInferPrefill(Wrappers())(

@@ -206,7 +206,9 @@ def test_flashinfer_s_plans_may_follow_each_other_closely(flashinfer):
     for _ in range(8):
         ballast = ballast @ ballast
     outputs = [
-        serve_elsewhere(dataclasses.replace(step, batch=dataclasses.replace(step.batch)), flashinfer)
+        serve_elsewhere(
+            dataclasses.replace(step, batch=dataclasses.replace(step.batch)), flashinfer
+        )
         for step in steps
     ]
     for step, output in zip(steps, outputs, strict=True):

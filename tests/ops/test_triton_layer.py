@@ -169,7 +169,7 @@ def test_triton_layer_leaves_the_retrieval_heads_to_flash_attention(mask, launch
 
 @pytest.mark.parametrize("mask", [[True, False, True], [True], [False]])
 def test_triton_layer_leaves_the_retrieval_heads_to_flashinfer(mask, launches):
-    """A decode beside two prefills: each kernel serves its own, and the chunk is in the cache by then."""
+    """A decode beside two prefills: the chunks are in the cache when FlashInfer reads it."""
     made = []
 
     def make(*arguments):

@@ -131,7 +131,9 @@ def _flash_attn_problems(head_size: int, block_size: int) -> list[str]:
 def _flashinfer_problems(head_size: int, block_size: int) -> list[str]:
     problems = []
     if head_size not in FLASHINFER_HEAD_SIZES:
-        problems.append(f"it takes the head sizes {_listed(FLASHINFER_HEAD_SIZES)}, not {head_size}")
+        problems.append(
+            f"it takes the head sizes {_listed(FLASHINFER_HEAD_SIZES)}, not {head_size}"
+        )
     if block_size not in FLASHINFER_BLOCK_SIZES:
         problems.append(
             f"it takes blocks of {_listed(FLASHINFER_BLOCK_SIZES)} tokens (--block-size), "

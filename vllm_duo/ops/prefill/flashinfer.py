@@ -1,8 +1,8 @@
 """Prefill of the retrieval heads by FlashInfer's paged wrapper, over strided views of our caches.
 
-FlashInfer divides a step's work on the host before its kernel runs (``plan``): from lengths on the host,
-which must be exact, and for one number of heads. So layers with as many retrieval heads share a wrapper,
-and a step is planned once for each such number.
+FlashInfer divides a step's work on the host before its kernel runs (``plan``): from lengths that the
+host must know exactly, and for one number of heads. So layers with as many retrieval heads share a
+wrapper, and a step is planned once for each such number.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Pages:
 
 
 def plan_pages(batch: Batch, paged: PagedTable) -> Pages:
-    """Describe the requests after the first ``num_decodes`` to FlashInfer, without a look at the device.
+    """Describe the requests after the first ``num_decodes``, without a look at the device.
 
     Worked example: blocks of 16 tokens, chunks of 5 and 20 tokens at the end of 5 and 48 tokens:
     query_starts [0, 5, 25], page_starts [0, 1, 4], last_page_lens [5, 16].
@@ -165,6 +165,7 @@ class FlashInferPrefill:
         try:
             self._plan(shape, token, PagedTable(table, shape.block_size))
         except Exception as error:
+            self._planned.pop((device, shape), None)
             raise RuntimeError(
                 f"FlashInfer has no kernel for head size {shape.head_size} and {shape.dtype} here "
                 f"({type(error).__name__}: {error}): mend that, or set "
@@ -224,8 +225,8 @@ class FlashInferPrefill:
             return planned.wrapper
         _refuse_capture(device)
         pages = batch.memo(("flashinfer", id(paged)), lambda: plan_pages(batch, paged))
-        # A plan is put together in one buffer on the host. The device is copying the last step's out
-        # of it, or has long done so: the copy stands before that step's layers.
+        # A plan is put together in one buffer on the host, which the device may still be copying for
+        # the last step; mostly it has long done so, since the copy precedes that step's attention.
         if planned.uploaded is not None:
             planned.uploaded.synchronize()
         planned.step = None
@@ -287,8 +288,8 @@ def _check_cache(cache: torch.Tensor, dtype: torch.dtype) -> None:
     """
     if cache.dtype != dtype or cache.stride(-1) != 1 or cache.stride(0) >= 2**32:
         raise ValueError(
-            f"FlashInfer reads caches of the queries' dtype {dtype}, contiguous in their last dimension "
-            f"and with blocks less than 2**32 elements apart, got {cache.dtype} with strides "
+            f"FlashInfer reads caches of the queries' dtype {dtype}, contiguous in their last "
+            f"dimension and with blocks less than 2**32 elements apart, got {cache.dtype} with strides "
             f'{cache.stride()}: set "retrieval_prefill" to "flash-attn" or "triton"'
         )
 
