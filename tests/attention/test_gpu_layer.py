@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.attention.test_backend import Config
 from vllm_duo.attention import impl, retrieval_prefill, specs
 from vllm_duo.attention.head_buffers import HeadBuffers
 from vllm_duo.config import DuoConfig, resolve
@@ -18,12 +19,6 @@ from vllm_duo.ops.prefill.flashinfer import FlashInferPrefill
 from vllm_duo.server_plan import ServerPlan
 
 MASK = np.array([True, False, False, True])
-
-
-class Config(SimpleNamespace):
-    """Stands for a VllmConfig."""
-
-    __hash__ = object.__hash__
 
 
 class Layer(torch.nn.Module):
