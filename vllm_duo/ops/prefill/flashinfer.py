@@ -311,6 +311,6 @@ def _record(device: torch.device) -> torch.cuda.Event | None:
     """An event behind all that was put on the device so far; None where there is no device."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
