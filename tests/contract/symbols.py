@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from tests.contract.checks import Check, beside, is_, members, names, sets, takes
 from vllm_duo.compat.kv_cache_groups import module_name
 
@@ -22,6 +24,23 @@ FLASH = "vllm.v1.attention.backends.fa_utils"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 DRAFTERS = "vllm.v1.spec_decode"
+
+# 0.33 has no first Ray executor any more.
+HAS_RAY_V1 = find_spec("vllm.v1.executor.ray_executor") is not None
+RAY_EXECUTORS = ["ray_executor_v2 import RayExecutorV2"]
+RAY_V1: list[tuple[str, Check | None]] = []
+if HAS_RAY_V1:
+    RAY_EXECUTORS.append("ray_executor import RayDistributedExecutor")
+    RAY_V1 = [
+        (
+            "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_workers_ray",
+            takes("placement_group"),
+        ),
+        (
+            "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_executor",
+            names("initialize_ray_cluster(self.parallel_config)", "self._init_workers_ray("),
+        ),
+    ]
 
 # By our file: symbol (module:attribute) and check; None asks only that it exists.
 SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
@@ -176,19 +195,13 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (
             "vllm.v1.executor.ray_executor_v2:RayExecutorV2._init_executor",
             beside(
-                "initialize_ray_cluster(self.parallel_config, require_gpu_on_driver=False)",
+                "initialize_ray_cluster(self.parallel_config",
                 "runtime_env = self._build_runtime_env()",
                 "os.environ.setdefault(key, value)",
             ),
         ),
-        (
-            "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_workers_ray",
-            takes("placement_group"),
-        ),
-        (
-            "vllm.v1.executor.ray_executor:RayDistributedExecutor._init_executor",
-            names("initialize_ray_cluster(self.parallel_config)", "self._init_workers_ray("),
-        ),
+        *RAY_V1,
+        ("vllm.v1.executor.abstract:Executor.get_class", names(*RAY_EXECUTORS)),
         (
             "vllm.v1.executor.ray_utils:initialize_ray_cluster",
             names("parallel_config.placement_group ="),
