@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 MODELS = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "gemma3_mm")
 """vLLM's modules."""
+
+PLUGIN = "duo_test_vision"
 
 
 @contextmanager
@@ -81,13 +85,29 @@ def import_models() -> None:
         )
 
 
+def server_env(folder: Path) -> dict[str, str]:
+    """Environment of other processes of vLLM, in which they import the models as ``import_models`` does.
+
+    A plugin of vLLM's calls it; its distribution is written into the folder.
+    """
+    info = folder / f"{PLUGIN}-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:import_models\n"
+    )
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[1]}"}
+
+
 @pytest.fixture(scope="module")
-def vision():
-    """Lets vLLM look at and load the models."""
+def vision(tmp_path_factory):
+    """Lets vLLM look at and load the models, in this process and in further ranks."""
     from vllm.model_executor.models import registry
 
     import_models()
     with pytest.MonkeyPatch.context() as patch:
+        for name, value in server_env(tmp_path_factory.mktemp("vision")).items():
+            patch.setenv(name, value)
         # vLLM looks at a model's class in another process, which has no stand-in.
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())
         yield

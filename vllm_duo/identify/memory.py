@@ -44,7 +44,8 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     With gradients, per token: the input of every layer, and of one layer, computed again, what its
     backward pass needs: queries, keys, values and outputs of both attentions and the blocks of the
     streaming one, and the MLP's three intermediates, each with its gradient. Without: one layer's,
-    without gradients. The last hidden states count three times in both.
+    without gradients. The last hidden states count three times in both. With learned sinks each of the
+    two attentions has queries and outputs of its own.
 
     Example: 4 layers, hidden 128, 8 query heads of size 32, intermediate 256, float32, gradients:
     per token 4 * (4 * 128 + 2 * (12 * 256 + 3 * 256 + 4 * 128) + 3 * 128) = 38,400 bytes.
@@ -55,7 +56,7 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     middle = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
     middle *= int(getattr(config, "num_experts_per_tok", 0) or 1)
     number = int(next(model.model.parameters()).element_size())
-    layer = 12 * heads + 3 * middle + 4 * hidden
+    layer = (12 + 4 * model.info.learned_sinks) * heads + 3 * middle + 4 * hidden
     if gradients:
         per_token = model.info.num_layers * hidden + 2 * layer + 3 * hidden
     else:
