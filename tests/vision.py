@@ -86,7 +86,7 @@ def import_models() -> None:
 
 
 def server_env(folder: Path) -> dict[str, str]:
-    """Environment of other processes of vLLM, in which they import the models as ``import_models`` does.
+    """Environment of further processes of vLLM: they import the models as ``import_models`` does.
 
     A plugin of vLLM's calls it; its distribution is written into the folder.
     """

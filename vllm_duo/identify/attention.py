@@ -9,7 +9,7 @@ that the query sees, without a value. Its weights are exp(x_j) / (exp(s) + sum_j
 attention with one more key, before all others, whose logit is s and whose value is 0: every query of
 either class sees it, and all other positions move up by one.
 
-Source: docs/design.md for the rule; transformers' gpt-oss, `eager_attention_forward`, for learned sinks.
+Source: docs/design.md for the rule; for learned sinks transformers' gpt-oss, `eager_attention_forward`.
 """
 
 from __future__ import annotations
