@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -85,18 +84,15 @@ def import_models() -> None:
         )
 
 
-def server_env(folder: Path) -> dict[str, str]:
-    """Environment of further processes of vLLM: they import the models as ``import_models`` does.
-
-    A plugin of vLLM's calls it; its distribution is written into the folder.
-    """
+def write_plugin(folder: Path) -> Path:
+    """A distribution with a plugin of vLLM's: where it is on the path, ``import_models`` is called."""
     info = folder / f"{PLUGIN}-0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
         f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:import_models\n"
     )
-    return {"PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[1]}"}
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +102,8 @@ def vision(tmp_path_factory):
 
     import_models()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in server_env(tmp_path_factory.mktemp("vision")).items():
-            patch.setenv(name, value)
+        # Ranks are spawned, with the path of this process.
+        patch.syspath_prepend(write_plugin(tmp_path_factory.mktemp("vision")))
         # vLLM looks at a model's class in another process, which has no stand-in.
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())
         yield

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import openai
 import pytest
@@ -32,7 +34,7 @@ from tests.e2e.pictures import (
 from tests.e2e.test_exactness import mask_of
 from tests.e2e.test_served_requests import held_blocks
 from tests.models.vision_models import FAMILIES, IMAGE, KV_HEADS, picture
-from tests.vision import server_env
+from tests.vision import write_plugin
 from vllm_duo.evaluate.server import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -78,7 +80,8 @@ def server(family, vision_model, tmp_path_factory):
         *("--chat-template", str(template), "--chat-template-content-format", "openai"),
         "--enable-prompt-tokens-details",
     ]
-    env = SERVER_ENV | server_env(folder / "plugin")
+    path = (write_plugin(folder / "plugin"), Path(__file__).parents[2])
+    env = SERVER_ENV | {"PYTHONPATH": os.pathsep.join(map(str, path))}
     with ServerProcess(vision_model(family), flags, log=folder / "log", env=env) as running:
         running.wait_until_ready()
         yield running
