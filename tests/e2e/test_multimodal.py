@@ -28,7 +28,7 @@ from tests.e2e.pictures import (
     words,
 )
 from tests.e2e.test_exactness import mask_of
-from tests.e2e.test_quantised_cache import ERROR, MATTERS
+from tests.e2e.test_quantised_cache import MATTERS
 from tests.models.vision_models import KV_HEADS, TOKENS_OF_PICTURE
 from tests.vision import vision  # noqa: F401 - a fixture
 from vllm_duo.kv_cache.formats import FORMATS
@@ -36,6 +36,10 @@ from vllm_duo.kv_cache.formats import FORMATS
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("vision")]
 
 ANSWER = 24
+# Of log-probabilities with a quantised cache, root mean square: twice the worst measured, 0.0221 (Qwen2-VL,
+# int4; else 0.0099). As in test_quantised_cache.py chance decides: most answers in int4 were exact, and a
+# key that crosses an edge there moves by a seventh of its greatest number.
+ERROR = 0.045
 SHOWN = {
     "llava": "LLaVA",
     "qwen2_vl": "Qwen2-VL",
@@ -189,7 +193,7 @@ def test_two_ranks_give_the_same_tokens(family, mask, serving, oracle_of):
 )
 @pytest.mark.parametrize("family", QUICK)
 def test_quantised_caches(family, cache_dtype, serving, oracle_of):
-    """As ``test_quantised_cache.py`` has it, whose bounds these are: the oracle keeps what is kept."""
+    """As ``test_quantised_cache.py`` has it: the oracle keeps what is kept."""
     with serving(family, kv_cache_dtype=cache_dtype, enable_prefix_caching=True) as running:
         asked = ask(running, family, prompts(), ANSWER)
         again = ask(running, family, prompts(), ANSWER)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from tests.identify import tiny
 from tests.identify.conftest import make_job
+from tests.models.quantised import quantise
 from tests.oracle import Oracle
 from vllm_duo.identify.attention import StreamingRule
 from vllm_duo.identify.gates import gate_distance
-from vllm_duo.identify.memory import step_bytes
-from vllm_duo.identify.model import hook_model
+from vllm_duo.identify.memory import step_bytes, weight_files
+from vllm_duo.identify.model import hook_model, load_model
+from vllm_duo.identify.mxfp4 import plain_numbers
 from vllm_duo.identify.policies import ClassPolicy, full_policy
 
 CPU = torch.device("cpu")
@@ -116,3 +118,36 @@ def test_a_step_is_estimated_to_need_more():
     with_sinks = step_bytes(model, 10, 1, gradients=False)
     object.__setattr__(model.info, "learned_sinks", False)
     assert with_sinks - step_bytes(model, 10, 1, gradients=False) == 10 * 4 * 32 * 4
+
+
+@pytest.fixture(scope="module")
+def in_mxfp4(tmp_path_factory):
+    """A checkpoint as gpt-oss is published, and the values that it stands for in float32."""
+    folder = tmp_path_factory.mktemp("mxfp4")
+    whole = tiny.save(tiny.sliding_gpt_oss(20, intermediate_size=64), folder / "whole")
+    packed, plain = quantise(whole, folder, "mxfp4")
+    tiny.tokenizer().save_pretrained(packed)
+    return packed, plain
+
+
+@torch.no_grad()
+def test_weights_in_mxfp4_are_made_plain(in_mxfp4):
+    """Every value that they stand for is one of bfloat16's, so nothing is rounded."""
+    packed, plain = in_mxfp4
+    model = load_model(str(packed), device="cpu", dtype=None)
+    ids = torch.randint(3, 600, (1, 60), generator=torch.Generator().manual_seed(1))
+    found = model.logits(model.hidden(ids, full_policy))
+    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    weights = list(model.model.parameters())
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert plain_numbers(weight_files(packed)) == sum(weight.numel() for weight in weights)
+
+
+def test_weights_in_mxfp4_that_do_not_fit_once_they_are_plain(in_mxfp4, monkeypatch):
+    packed, _ = in_mxfp4
+    needs = 4 * plain_numbers(weight_files(packed))
+    assert (packed / "model.safetensors").stat().st_size < 0.9 * needs
+    monkeypatch.setattr("vllm_duo.identify.memory.available_cpu_bytes", lambda: needs - 1)
+    with pytest.raises(MemoryError, match=r"its weights need about .* in float32"):
+        load_model(str(packed), device="cpu", dtype=None)

@@ -15,6 +15,7 @@ import torch
 
 from vllm_duo.identify.available import available_cpu_bytes
 from vllm_duo.identify.checkpoint import has_checkpoint
+from vllm_duo.identify.mxfp4 import is_mxfp4, plain_numbers
 from vllm_duo.logging import get_logger
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def _log_unknown() -> None:
     )
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the files of weights that transformers loads from a folder; 0: it has none of them.
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers loads from a folder; empty: it has none of them.
 
     One file goes before shards, as in transformers. What lies beside them does not count: weights in
     the format of their maker (``consolidated.safetensors``), adapters.
@@ -96,8 +97,13 @@ def weight_bytes(folder: Path) -> int:
         try:
             files = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return 0  # transformers says what is wrong with it
-    return sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
+            return []  # transformers says what is wrong with it
+    return [folder / file for file in files if (folder / file).is_file()]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of these files."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
@@ -113,10 +119,12 @@ def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
     Raises:
         MemoryError: names what they need and what there is.
     """
-    stored = weight_bytes(Path(name))
-    of_file = getattr(config, "dtype", None)
-    itemsize = of_file.itemsize if isinstance(of_file, torch.dtype) else dtype.itemsize
-    needs = stored * dtype.itemsize / itemsize
+    if is_mxfp4(config):
+        needs = float(plain_numbers(weight_files(Path(name))) * dtype.itemsize)
+    else:
+        of_file = getattr(config, "dtype", None)
+        itemsize = of_file.itemsize if isinstance(of_file, torch.dtype) else dtype.itemsize
+        needs = weight_bytes(Path(name)) * dtype.itemsize / itemsize
     there = available_bytes(torch.device("cpu"))  # they are loaded there first, whatever the device
     if there is not None and needs > there:
         raise MemoryError(

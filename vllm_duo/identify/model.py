@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from vllm_duo.identify import memory
 from vllm_duo.identify.attention import Softmax, full_attention
 from vllm_duo.identify.hook import IMPLEMENTATION, AttentionHook
+from vllm_duo.identify.mxfp4 import is_mxfp4, loading_arguments, unify
 from vllm_duo.identify.policies import Policy
 from vllm_duo.identify.refusals import (
     config_reasons,
@@ -138,7 +139,11 @@ def load_model(name: str, *, device: str | None, dtype: str | None) -> HookedMod
     tokenizer = _load_tokenizer(name)
     memory.check_weights_fit(name, config, number)
     try:
-        model = model_class(config).from_pretrained(name, dtype=number, attn_implementation="eager")
+        model = model_class(config).from_pretrained(
+            name, dtype=number, attn_implementation="eager", **loading_arguments(config)
+        )
+        if is_mxfp4(config):
+            unify(model, number)
         model = model.to(target).eval().requires_grad_(False)
         return hook_model(model, tokenizer, name, target)
     except (RuntimeError, MemoryError) as error:
