@@ -51,7 +51,7 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "SmolLM3": "through vLLM's Transformers backend",
         "StableLM": "",
         "StarCoder2": "through vLLM's Transformers backend",
-        "gpt-oss": "without quantised weights",
+        "gpt-oss": "",
         "published head patterns": "found by the model's name",
         "LoRA adapters": "`--max-loras` above their number ([why](failures.md#while-it-runs))",
         "quantised weights, int8": "compressed-tensors, weights and inputs",

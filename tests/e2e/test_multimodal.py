@@ -36,9 +36,9 @@ from vllm_duo.kv_cache.formats import FORMATS
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("vision")]
 
 ANSWER = 24
-# Of log-probabilities with a quantised cache, root mean square: twice the worst measured, 0.0221 (Qwen2-VL,
-# int4; else 0.0099). As in test_quantised_cache.py chance decides: most answers in int4 were exact, and a
-# key that crosses an edge there moves by a seventh of its greatest number.
+# Root mean square error of log-probabilities with a quantised cache: twice the worst that was measured,
+# 0.0221 (Qwen2-VL, int4; else 0.0099). As in test_quantised_cache.py chance decides: most answers in
+# int4 were exact, and a key that crosses an edge there moves by a seventh of its greatest number.
 ERROR = 0.045
 SHOWN = {
     "llava": "LLaVA",
