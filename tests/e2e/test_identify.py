@@ -114,6 +114,6 @@ def test_a_pattern_of_a_model_with_learned_sinks_is_planned_and_served(method, s
     assert {size // blocks for size in pages} == {plan.block_bytes}
     oracle = Oracle(model, mask.retrieval, 20, 75, windows=[window, None, window])
     assert_right(oracle, asked, answers)
-    full = Oracle(model, mask.retrieval | True, 20, 75, windows=[window, None, window])
+    full = Oracle(model, np.ones_like(mask.retrieval), 20, 75, windows=[window, None, window])
     with pytest.raises(AssertionError, match="step"):
         assert_right(full, asked, answers)

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -27,12 +26,10 @@ from tests.e2e.pictures import (
     assert_oracles,
     branches_of,
     limits_of,
-    prompt,
     prompts,
-    words,
 )
 from tests.e2e.test_exactness import mask_of
-from tests.e2e.test_served_requests import held_blocks
+from tests.e2e.test_served_requests import assert_all_blocks_return
 from tests.models.vision_models import FAMILIES, IMAGE, KV_HEADS, picture
 from tests.vision import write_plugin
 from vllm_duo.evaluate.server import ServerProcess
@@ -99,12 +96,12 @@ def part_of(part):
     return {"type": "text", "text": " ".join(f"t{token}" for token in part)}
 
 
-def ask(server, family, asked, max_tokens=ANSWER):
+def ask(server, family, asked):
     """Greedy, through OpenAI's own client; the prompt that vLLM made of it must be the one meant."""
     answer = client_of(server).chat.completions.create(
         model=NAME,
         messages=[{"role": "user", "content": [part_of(part) for part in asked.parts]}],
-        max_tokens=max_tokens,
+        max_tokens=ANSWER,
         temperature=0,
         logprobs=True,
         top_logprobs=3,
@@ -140,16 +137,7 @@ def test_answers_are_the_oracles(server, family, vision_model):
     assert server.metrics()["vllm_duo:streaming_prefix_hits_total{engine=0}"] >= 4
 
 
-def assert_all_blocks_return(server, family):
-    """The engine reports once a step, so a last small request makes it look again."""
-    ask(server, family, prompt(words(3, 1)), 2)
-    deadline = time.monotonic() + 20
-    while any(held_blocks(server.metrics()).values()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert held_blocks(server.metrics()) == {"retrieval": 0, "streaming": 0}
-
-
-def test_pictures_that_cannot_be_served_get_vllms_own_answer(server, family):
+def test_pictures_that_cannot_be_served_get_vllms_own_answer(server):
     client = client_of(server)
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     for parts, message in (
@@ -160,4 +148,4 @@ def test_pictures_that_cannot_be_served_get_vllms_own_answer(server, family):
             client.chat.completions.create(
                 model=NAME, messages=[{"role": "user", "content": parts}], max_tokens=2
             )
-    assert_all_blocks_return(server, family)
+    assert_all_blocks_return(server, client, NAME)

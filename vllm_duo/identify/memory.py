@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of these files."""
+    """Bytes of `weight_files`."""
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
