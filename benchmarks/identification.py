@@ -25,10 +25,10 @@ from rich.console import Console
 
 from benchmarks.provenance import provenance
 from vllm_duo.heads import HeadPattern
-from vllm_duo.identify.attention import ClassPolicy, full_policy
 from vllm_duo.identify.haystack import MadeText
 from vllm_duo.identify.methods import Job, complete
 from vllm_duo.identify.model import HookedModel, load_model
+from vllm_duo.identify.policies import ClassPolicy, full_policy
 from vllm_duo.identify.run import identify
 from vllm_duo.identify.samples import Sample, SampleMaker
 from vllm_duo.identify.self_check import accuracy

@@ -14,12 +14,15 @@ import importlib
 import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 MODELS = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "gemma3_mm")
 """vLLM's modules."""
+
+PLUGIN = "duo_test_vision"
 
 
 @contextmanager
@@ -81,13 +84,26 @@ def import_models() -> None:
         )
 
 
+def write_plugin(folder: Path) -> Path:
+    """A distribution with a plugin of vLLM's: where it is on the path, ``import_models`` is called."""
+    info = folder / f"{PLUGIN}-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        f"[vllm.general_plugins]\n{PLUGIN} = {__name__}:import_models\n"
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
-def vision():
-    """Lets vLLM look at and load the models."""
+def vision(tmp_path_factory):
+    """Lets vLLM look at and load the models, in this process and in further ranks."""
     from vllm.model_executor.models import registry
 
     import_models()
     with pytest.MonkeyPatch.context() as patch:
+        # Ranks are spawned, with the path of this process.
+        patch.syspath_prepend(write_plugin(tmp_path_factory.mktemp("vision")))
         # vLLM looks at a model's class in another process, which has no stand-in.
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())
         yield

@@ -54,6 +54,21 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def vision_model(tmp_path_factory):
+    """Makes each multimodal checkpoint once."""
+    from tests.models.vision_models import make_vision_model
+
+    folder, made = tmp_path_factory.mktemp("vision_models"), {}
+
+    def get(family):
+        if family not in made:
+            made[family] = make_vision_model(family, folder)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def half_server(tmp_path_factory):
     """One server for many tests: the needle model with its own pattern, half its heads streaming."""
     from tests.e2e.needle import serve

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.e2e.engine import Answer, answer_of
-from tests.models.vision_models import FAMILIES, IMAGE, picture
+from tests.models.vision_models import FAMILIES, IMAGE, TOKENS_OF_PICTURE, WORDS, picture
 from tests.oracle import Oracle, assert_right
+
+SINK, RECENT, BLOCK = 20, 75, 16
+LIMIT = 3
+"""Pictures of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,30 @@ def prompt(*parts) -> Prompt:
     return Prompt(parts)
 
 
+def words(number, seed):
+    rng = random.Random(seed)
+    return [rng.choice(WORDS) for _ in range(number)]
+
+
+def prompts():
+    """Without pictures, with one at either end or in the middle, with two of them and some alike."""
+    first, second = Picture(1), Picture(2)
+    return [
+        prompt(words(19, 1)),
+        prompt(words(300, 2)),
+        prompt(words(30, 3), first, words(40, 4)),
+        prompt(first, words(5, 5)),
+        prompt(words(130, 6), second),
+        prompt(words(40, 7), first, words(90, 8), second, words(200, 9)),
+        prompt(words(40, 7), second, words(90, 8), first, words(200, 9)),
+    ]
+
+
+def limits_of(family: str) -> dict[str, int]:
+    """What ``limit_mm_per_prompt`` takes; video needs torchvision."""
+    return {"image": LIMIT} | ({"video": 0} if "qwen" in family else {})
+
+
 @dataclass(frozen=True)
 class Asked:
     """An answer, the prompt's tokens as vLLM expanded them, and how many of these were cached."""
@@ -76,6 +106,26 @@ def ask(running, family: str, prompts, max_tokens: int, embeddings=None) -> list
         Asked(each, output.prompt_token_ids, answer_of(output), output.num_cached_tokens)
         for each, output in zip(prompts, outputs, strict=True)
     ]
+
+
+def branches_of(ask_one: Callable[[Prompt], Asked], family: str) -> list[Asked]:
+    """Prompts that part at a picture or behind one share what lies before that, and nothing more.
+
+    Of an engine with blocks of ``BLOCK`` tokens that has seen none of these words.
+    """
+    head, tail = words(100, 20), words(50, 21)
+    end = 100 + TOKENS_OF_PICTURE[family] + ("qwen" in family)
+    by_picture = [prompt(head, Picture(seed), tail) for seed in (11, 12, 13, 11)]
+    behind = [prompt(head, Picture(11), words(50, seed)) for seed in (22, 23)]
+    asked = [ask_one(each) for each in by_picture + behind]
+    hits = [each.cached for each in asked]
+    whole = (len(asked[0].token_ids) - 1) // BLOCK * BLOCK
+    # The second prompt finds where it parts from the first and stores a snapshot there for the third.
+    assert hits[:4] == [0, 0, 96, whole], hits
+    # Where the next two part lies within the picture, down to a whole block.
+    assert hits[4:] == [96, end // BLOCK * BLOCK], hits
+    assert 100 < hits[5] < end
+    return asked
 
 
 def assert_oracles(oracle: PictureOracle, asked: list[Asked], max_tokens: int) -> None:

@@ -27,9 +27,9 @@ def held_blocks(metrics):
     }
 
 
-def assert_all_blocks_return(server, client):
+def assert_all_blocks_return(server, client, model="needle"):
     """The engine reports once a step, so a last small request makes it look again."""
-    client.completions.create(model="needle", prompt="The", max_tokens=2)
+    client.completions.create(model=model, prompt="The", max_tokens=2)
     deadline = time.monotonic() + 20
     while any(held_blocks(server.metrics()).values()) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -12,6 +12,7 @@ import torch
 from tests.identify import tiny
 from tests.identify.conftest import make_job
 from vllm_duo.heads import HeadPattern
+from vllm_duo.identify.attention import Softmax
 from vllm_duo.identify.exclusive import exclusive_sparsities, make_exclusive
 from vllm_duo.identify.induction import copy_attention, make_repeats, order_heads
 from vllm_duo.identify.methods import to_kv_heads
@@ -19,10 +20,11 @@ from vllm_duo.identify.on_the_fly import output_change
 from vllm_duo.identify.registry import FORWARD_METHODS
 
 
-def steer(job, attend):
+def steer(job, attend, sinks=None):
     """Give the model's only layer attention that `attend` computes: query head, query -> key.
 
-    Queries are one-hot at the wanted key, keys one-hot at their own position.
+    Queries are one-hot at the wanted key, keys one-hot at their own position: the logit of the wanted
+    key is 50, of every other 0. The learned ``sinks`` are [Hq] logits.
     """
     original = job.model.hidden
 
@@ -36,7 +38,7 @@ def steer(job, attend):
         value = torch.eye(length)[None, None].expand_as(key)
 
         def steered(layer, _query, _key, _value, scaling):
-            policy(layer, query, key, value, 1.0)
+            policy(layer, query, key, value, Softmax(1.0, sinks))
             return torch.zeros_like(_query)
 
         return original(ids, steered)
@@ -67,11 +69,11 @@ def copying_positions(sample, shift):
     return {asked - 1 + n: first + n + shift for n in range(end - first)}
 
 
-def retrieval_scores(answering, shift, match):
+def retrieval_scores(answering, shift, match, sinks=None):
     job = make_job(tiny.copying_llama(), method="retrieval-score", needle_match=match)
     sample = job.samples().make("identify", 0)
     looks = copying_positions(sample, shift)
-    steer(job, lambda head, at: looks.get(at, at) if head == 0 else at)
+    steer(job, lambda head, at: looks.get(at, at) if head == 0 else at, sinks)
     answering(job, sample)
     return FORWARD_METHODS["retrieval-score"].score(job, 0)[0]
 
@@ -95,6 +97,23 @@ def test_retrieval_score_counts_what_the_strongest_attention_is_on(
     assert other == 0.0
 
 
+@pytest.mark.parametrize(("sink", "expected"), [(49.0, 1.0), (51.0, 0.0)])
+@pytest.mark.parametrize("match", ["exact", "anywhere"])
+def test_a_learned_sink_that_gets_more_than_any_token_is_the_strongest(
+    answering, match, sink, expected
+):
+    head, _ = retrieval_scores(answering, 0, match, torch.tensor([sink, sink]))
+    assert head == expected
+
+
+def test_what_a_learned_sink_gets_counts_for_no_copy():
+    period, first, length = 20, 1, 81
+    key = 50.0 * torch.eye(length)[None, None]
+    query = torch.eye(length)[[max(0, at - period) for at in range(length)]][None, None]
+    scores = copy_attention(query, key, Softmax(1.0, torch.tensor([50.0])), first, period)
+    assert scores[:, 0].tolist() == pytest.approx([0.5, 0.0], abs=1e-6)
+
+
 def test_a_token_that_the_model_does_not_generate_does_not_count():
     job = make_job(tiny.copying_llama(), method="retrieval-score")
     sample = job.samples().make("identify", 0)
@@ -112,7 +131,7 @@ def test_echo_and_induction_heads_are_told_apart(back, expected):
     key = 50.0 * torch.eye(length)[None, None]
     targets = [max(0, at - period + back) if at >= first + period else at for at in range(length)]
     query = torch.eye(length)[targets][None, None]
-    scores = copy_attention(query, key, 1.0, first, period)
+    scores = copy_attention(query, key, Softmax(1.0), first, period)
     assert scores[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -120,7 +139,9 @@ def test_copies_of_all_earlier_repeats_count():
     period, first, length = 20, 1, 81
     key = 50.0 * torch.eye(length)[None, None]
     query = torch.eye(length)[[first + (at - first) % period for at in range(length)]][None, None]
-    assert float(copy_attention(query, key, 1.0, first, period)[0, 0]) == pytest.approx(1.0)
+    assert float(copy_attention(query, key, Softmax(1.0), first, period)[0, 0]) == pytest.approx(
+        1.0
+    )
 
 
 def test_repeats_are_four_equal_blocks_of_plain_tokens():

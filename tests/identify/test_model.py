@@ -10,8 +10,8 @@ import transformers
 from transformers import AutoConfig
 
 from tests.identify import tiny
-from vllm_duo.identify.attention import full_policy
 from vllm_duo.identify.model import fingerprint, hook_model, load_model
+from vllm_duo.identify.policies import full_policy
 from vllm_duo.identify.refusals import config_reasons
 
 SIZES = {
@@ -83,7 +83,6 @@ def test_family_is_hooked_without_a_change_of_its_output(family):
     [
         ("mamba", {}, "no attention layers"),
         ("deepseek_v3", {}, "MLA"),
-        ("gpt_oss", {}, "learned attention sinks"),
         ("gemma2", {}, "soft-capped"),
         ("mistral", {"sliding_window": 128}, "32 of 32 layers slide over 128 tokens .* nothing to"),
         # The config names layers that slide and not, or not all, over how many tokens.
@@ -132,8 +131,10 @@ def test_attention_that_does_more_is_refused():
 
 
 def test_loading_refuses_by_name_before_weights_load(tmp_path):
-    AutoConfig.for_model("gpt_oss").save_pretrained(tmp_path)
-    with pytest.raises(NotImplementedError, match=r"not supported:\n  - learned attention sinks"):
+    AutoConfig.for_model("gemma2").save_pretrained(tmp_path)
+    with pytest.raises(
+        NotImplementedError, match=r"not supported:\n  - soft-capped attention logits"
+    ):
         load_model(str(tmp_path), device="cpu", dtype=None)
 
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText
 from tests.identify import tiny
 from tests.identify.conftest import tiny_settings
 from tests.models.vision_models import FAMILIES, make_vision_model
-from vllm_duo.identify.attention import full_policy
 from vllm_duo.identify.model import load_model
+from vllm_duo.identify.policies import full_policy
 from vllm_duo.identify.refusals import TEXT_TESTED, config_reasons
 from vllm_duo.identify.run import identify
 

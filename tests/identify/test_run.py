@@ -334,10 +334,10 @@ def test_full_disk_at_the_end_keeps_the_checkpoint(model_folder, tmp_path, monke
 class TestSlidingWindows:
     """Of the model's own: a pattern chooses in the other layers, as the server does."""
 
-    @pytest.fixture(scope="class")
-    def slides(self, tmp_path_factory):
+    @pytest.fixture(scope="class", params=[tiny.sliding_gemma, tiny.sliding_gpt_oss])
+    def slides(self, request, tmp_path_factory):
         """Layers 0 and 2 of three slide over 40 tokens, more than a streaming head keeps."""
-        return tiny.save(tiny.sliding_gemma(40), tmp_path_factory.mktemp("slides"))
+        return tiny.save(request.param(40), tmp_path_factory.mktemp("slides"))
 
     @pytest.mark.parametrize("method", sorted(RUNS))
     def test_the_pattern_chooses_in_the_other_layers(self, slides, tmp_path, method):

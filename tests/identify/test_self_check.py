@@ -8,9 +8,10 @@ import torch
 from tests.identify import tiny
 from tests.identify.conftest import make_job
 from vllm_duo import HeadPattern
-from vllm_duo.identify.attention import ClassPolicy, StreamingRule, full_policy
+from vllm_duo.identify.attention import StreamingRule
 from vllm_duo.identify.haystack import MadeText
 from vllm_duo.identify.model import load_model
+from vllm_duo.identify.policies import ClassPolicy, full_policy
 from vllm_duo.identify.samples import SampleMaker
 from vllm_duo.identify.self_check import CheckResult, accuracy, check_pattern, wilson_interval
 

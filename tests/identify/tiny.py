@@ -9,6 +9,8 @@ from transformers import (
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -47,6 +49,25 @@ def sliding_gemma(window, seed=0):
         sliding_window=window,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )
+
+
+def sliding_gpt_oss(window, seed=0, **more):
+    """A gpt-oss of three layers, the first and the last of which slide; its sinks get much."""
+    model = _random_model(
+        (GptOssConfig, GptOssForCausalLM),
+        seed,
+        **{
+            **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+            **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": window},
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "tie_word_embeddings": False,
+            **more,
+        },
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_(1, 2)
+    return model
 
 
 def _random_model(family, seed, **settings):

@@ -41,12 +41,22 @@ FORMATS = {
         "zero_point": True,
         "version": "gemm",
     },
+    "mxfp4": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
+            *("model.embed_tokens", "lm_head"),
+        ],
+    },
 }
 """What ``config.json`` says of each."""
 
 STEPS = 63
 """Greatest weight in int8. On CPUs without VNNI oneDNN adds pairs of products in 16 bits: up to 63 they
 fit, up to 127 they do not and the served product is wrong by some per cent, with any backend."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""What the lower 3 bits of a 4-bit float stand for; the fourth is the sign."""
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns each 4 bits of an int32 hold, from the lowest."""
@@ -60,13 +70,14 @@ def quantise(model: Path, folder: Path, name: str = "int8") -> tuple[Path, Path]
     """
     config = json.loads((model / "config.json").read_text())
     packed, plain = {}, {}
+    chosen = ("_proj.weight",) if name != "mxfp4" else ("experts.gate_up_proj", "experts.down_proj")
     for key, weight in load_file(model / "model.safetensors").items():
-        if not key.endswith("_proj.weight"):
+        if not key.endswith(chosen):
             packed[key] = plain[key] = weight
             continue
         layer = key.removesuffix(".weight")
         tensors, plain[key] = PACKERS[name](weight)
-        packed |= {f"{layer}.{part}": tensor for part, tensor in tensors.items()}
+        packed |= {f"{layer}{part}": tensor for part, tensor in tensors.items()}
     kinds = {name: (packed, {"quantization_config": FORMATS[name]}), "float32": (plain, {})}
     for kind, (weights, settings) in kinds.items():
         (folder / kind).mkdir(parents=True)
@@ -80,7 +91,7 @@ def _int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A scale a row."""
     scale = weight.abs().amax(1, keepdim=True) / STEPS
     steps = (weight / scale).round().to(torch.int8)
-    return {"weight": steps, "weight_scale": scale}, steps * scale
+    return {".weight": steps, ".weight_scale": scale}, steps * scale
 
 
 def _gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -88,10 +99,10 @@ def _gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     steps, scales = _grouped(weight.T, zero=8)
     inputs, outputs = steps.shape
     tensors = {
-        "qweight": _pack(steps.view(inputs // 8, 8, outputs).transpose(1, 2)),
-        "qzeros": _pack(torch.full((inputs // GROUP, outputs // 8, 8), 7)),
-        "scales": scales,
-        "g_idx": torch.arange(inputs, dtype=torch.int32) // GROUP,
+        ".qweight": _pack(steps.view(inputs // 8, 8, outputs).transpose(1, 2)),
+        ".qzeros": _pack(torch.full((inputs // GROUP, outputs // 8, 8), 7)),
+        ".scales": scales,
+        ".g_idx": torch.arange(inputs, dtype=torch.int32) // GROUP,
     }
     return tensors, ((steps - 8) * scales.repeat_interleave(GROUP, 0)).T
 
@@ -103,14 +114,31 @@ def _awq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     inputs, outputs = steps.shape
     in_order = torch.tensor(AWQ_ORDER)
     tensors = {
-        "qweight": _pack(steps.view(inputs, outputs // 8, 8)[..., in_order]),
-        "qzeros": _pack(zeros.view(-1, 8)[:, in_order].expand(inputs // GROUP, -1, -1)),
-        "scales": scales,
+        ".qweight": _pack(steps.view(inputs, outputs // 8, 8)[..., in_order]),
+        ".qzeros": _pack(zeros.view(-1, 8)[:, in_order].expand(inputs // GROUP, -1, -1)),
+        ".scales": scales,
     }
     return tensors, ((steps - zeros) * scales.repeat_interleave(GROUP, 0)).T
 
 
-PACKERS = {"int8": _int8, "gptq": _gptq, "awq": _awq}
+def _mxfp4(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Of [experts, inputs, outputs]: two 4-bit floats in a byte, an exponent for every 32 inputs."""
+    groups = weight.transpose(1, 2).unflatten(2, (-1, GROUP))
+    exponents = groups.abs().amax(-1, keepdim=True).log2().floor() - 2
+    scales = torch.exp2(exponents)
+    values = torch.tensor(E2M1)
+    steps = ((groups / scales).abs()[..., None] - values).abs().argmin(-1)
+    signs = groups < 0
+    nibbles = (steps + 8 * signs).to(torch.uint8)
+    tensors = {
+        "_blocks": nibbles[..., ::2] | nibbles[..., 1::2] << 4,
+        "_scales": (exponents[..., 0] + 127).to(torch.uint8),
+    }
+    plain = values[steps] * (1 - 2 * signs.float()) * scales
+    return tensors, plain.flatten(2).transpose(1, 2)
+
+
+PACKERS = {"int8": _int8, "gptq": _gptq, "awq": _awq, "mxfp4": _mxfp4}
 
 
 def _grouped(weight: torch.Tensor, zero: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -212,13 +212,14 @@ def make_vision_model(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def _save_processor(name: str, family: Family, target: Path) -> None:
-    """Words are ``t0``, ``t1`` and so on, split at blanks."""
-    words = {f"t{token}": token for token in range(IMAGE)} | family.specials
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t2"))
+    """Words are ``t3``, ``t4`` and so on, split at blanks; special tokens are found within words."""
+    begin, end, unknown = "<s>", "</s>", "<unk>"
+    words = {begin: 0, end: 1, unknown: 2} | {f"t{token}": token for token in range(3, IMAGE)}
+    tokenizer = Tokenizer(models.WordLevel(words | family.specials, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **{"bos_token": "t0", "eos_token": "t1", "unk_token": "t2", "pad_token": "t2"},
+        **{"bos_token": begin, "eos_token": end, "unk_token": unknown, "pad_token": unknown},
         additional_special_tokens=list(family.specials),
     )
     if name == "llava":

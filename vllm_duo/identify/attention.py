@@ -1,34 +1,28 @@
-"""Attention under the streaming rule, hooked into transformers models through AttentionInterface.
+r"""Attention under the streaming rule, in PyTorch.
 
 Letters: B samples, Hq query heads, Hkv KV heads, T tokens, D head size. The rule: for a query at
 position i, key j is visible iff j <= i, and in a streaming head also j < sink_size or
 j > i - recent_size.
 
-Source: transformers' attention registry, `transformers.AttentionInterface`; DuoAttention,
-arXiv:2410.10819, section 2.2 for the gates.
+Some models have learned sinks: a query head's logit s that takes part in the softmax beside the keys
+that the query sees, without a value. Its weights are exp(x_j) / (exp(s) + sum_j exp(x_j)). That is
+attention with one more key, before all others, whose logit is s and whose value is 0: every query of
+either class sees it, and all other positions move up by one.
+
+Source: docs/design.md for the rule; for learned sinks transformers' gpt-oss, `eager_attention_forward`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from vllm_duo.windows import Windows
-
-IMPLEMENTATION = "vllm_duo_identify"
-"""The name under which the hook stands in transformers' registry."""
-
-_HOOK_ATTRIBUTE = "_vllm_duo_hook"
-
-Policy = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""(layer, query [B, Hq, T, D], key and value [B, Hkv, T, D], scaling) -> output [B, Hq, T, D]."""
+KEY_MULTIPLE = 8
+"""Head sizes that the fast attention kernels of GPUs take are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -40,77 +34,92 @@ class StreamingRule:
     kernel: Literal["sdpa", "flex"] = "sdpa"
 
 
-@dataclass(eq=False)
-class AttentionHook:
-    """Stands in for the attention of every layer of one model.
+@dataclass(frozen=True, eq=False)
+class Softmax:
+    """How a layer makes weights of queries and keys.
 
     Attributes:
-        policy: what the layers compute at the moment.
-        windows: the model's own sliding windows by layer; empty: none. A layer with one computes the
-            model's own attention and never the policy.
-        layers: the number of each attention module, in the order in which they first ran.
+        scaling: factor of the logits.
+        sinks: [Hq] learned sinks, in the units of scaled logits; None: the model has none.
     """
 
-    policy: Policy
-    windows: Windows = ()
-    layers: dict[nn.Module, int] = field(default_factory=dict)
+    scaling: float
+    sinks: Tensor | None = None
 
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float
-    ) -> Tensor:
-        """What the module's layer computes: [B, Hq, T, D]."""
-        layer = self.layers.setdefault(module, len(self.layers))
-        window = self.windows[layer] if self.windows else None
-        if window is not None:
-            return streaming_attention(query, key, value, scaling, StreamingRule(0, window))
-        return self.policy(layer, query, key, value, scaling)
-
-    def install(self, model: nn.Module) -> None:
-        """Become the hook of every module of `model`; its attention modules announce themselves."""
-        for module in model.modules():
-            module.__dict__[_HOOK_ATTRIBUTE] = self
-
-    @contextmanager
-    def using(self, policy: Policy) -> Iterator[None]:
-        """Compute `policy` inside the context, whose backward passes included."""
-        before, self.policy = self.policy, policy
-        try:
-            yield
-        finally:
-            self.policy = before
+    def of(self, heads: Tensor) -> Softmax:
+        """Of some query heads: [Hq] bool."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[heads])
 
 
-def _hooked_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **ignored: Any,
-) -> tuple[Tensor, None]:
-    """The registry's signature. Masks are ours: samples are causal and padded at their end only."""
-    hook: AttentionHook = module.__dict__[_HOOK_ATTRIBUTE]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = hook.attend(module, query, key, value, scale)
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(IMPLEMENTATION, _hooked_attention)
-
-
-def full_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def full_attention(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
     """Causal attention of the last n positions.
 
     Args:
         query: [B, Hq, n, D].
         key: [B, Hkv, T, D]; value alike.
         value: see key.
-        scaling: factor of the logits.
+        softmax: of the layer.
 
     Returns:
         [B, Hq, n, D].
     """
+    if softmax.sinks is None:
+        return _full(query, key, value, softmax.scaling)
+    output = _full(*_sink_before(query, key, value, softmax), softmax.scaling)
+    return _without_sink(output, query)
+
+
+def streaming_attention(
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax, rule: StreamingRule
+) -> Tensor:
+    """Attention under the rule, by blocks of queries: time and memory grow with T, not with T * T.
+
+    Args:
+        query: [B, Hq, n, D], of the last n positions.
+        key: [B, Hkv, T, D]; value alike.
+        value: see key.
+        softmax: of the layer.
+        rule: what is kept.
+
+    Returns:
+        [B, Hq, n, D].
+    """
+    if softmax.sinks is None:
+        return _streaming(query, key, value, softmax.scaling, rule)
+    rule = replace(rule, sink_size=rule.sink_size + 1)
+    output = _streaming(*_sink_before(query, key, value, softmax), softmax.scaling, rule)
+    return _without_sink(output, query)
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, softmax: Softmax, rows: Tensor, rule: StreamingRule | None = None
+) -> Tensor:
+    """Attention weights of some queries of one sample, in float32.
+
+    Args:
+        query: [1, Hq, T, D].
+        key: [1, Hkv, T, D].
+        softmax: of the layer.
+        rows: [n] int64 positions of the queries.
+        rule: what the heads keep; None keeps all.
+
+    Returns:
+        [Hq, n, T]; each row and its learned sink, where there is one, sum to 1.
+    """
+    key = _per_query_head(query, key)[0].float()
+    logits = query[0][:, rows].float() @ key.mT * softmax.scaling
+    positions = torch.arange(key.shape[1], device=key.device)
+    hidden = positions > rows[:, None]
+    if rule is not None:
+        hidden |= (positions >= rule.sink_size) & (positions <= rows[:, None] - rule.recent_size)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    if softmax.sinks is None:
+        return logits.softmax(-1)
+    sinks = softmax.sinks.float()[:, None, None].expand(*logits.shape[:2], 1)
+    return torch.cat((logits, sinks), dim=-1).softmax(-1)[..., :-1]
+
+
+def _full(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     key, value = _per_query_head(query, key), _per_query_head(query, value)
     asked, length = query.shape[2], key.shape[2]
     if asked == length:
@@ -120,26 +129,14 @@ def full_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) ->
     return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling)
 
 
-def streaming_attention(
+def _streaming(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, rule: StreamingRule
 ) -> Tensor:
-    """Attention under the rule, by blocks of queries: time and memory grow with T, not with T * T.
-
-    Args:
-        query: [B, Hq, n, D], of the last n positions.
-        key: [B, Hkv, T, D]; value alike.
-        value: see key.
-        scaling: factor of the logits.
-        rule: what is kept.
-
-    Returns:
-        [B, Hq, n, D].
-    """
     length = key.shape[2]
     before = length - query.shape[2]
     sink, recent = rule.sink_size, rule.recent_size
     if length <= sink + recent:  # nothing is dropped yet
-        return full_attention(query, key, value, scaling)
+        return _full(query, key, value, scaling)
     key, value = _per_query_head(query, key), _per_query_head(query, value)
     if rule.kernel == "flex" and before == 0:
         from vllm_duo.identify.flex import flex_streaming
@@ -166,114 +163,32 @@ def streaming_attention(
     return torch.cat(pieces, dim=2)
 
 
-def full_policy(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """The model as it is: a `Policy`."""
-    return full_attention(query, key, value, scaling)
+def _sink_before(
+    query: Tensor, key: Tensor, value: Tensor, softmax: Softmax
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same attention without learned sinks: they become a key before all others, of value 0.
 
-
-@dataclass(frozen=True)
-class ClassPolicy:
-    """Hard classes: each head is computed once, in its own class.
-
-    Attributes:
-        retrieval: [L, Hkv] bool on any device; False streams.
-        rule: what streaming heads keep.
-    """
-
-    retrieval: Tensor
-    rule: StreamingRule
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
-    ) -> Tensor:
-        """A `Policy`."""
-        kept = self.retrieval[layer].to(query.device)  # [Hkv]
-        if bool(kept.all()):
-            return full_attention(query, key, value, scaling)
-        if not bool(kept.any()):
-            return streaming_attention(query, key, value, scaling, self.rule)
-        queries = kept.repeat_interleave(query.shape[1] // key.shape[1])  # [Hq]
-        output = torch.empty_like(query)
-        output[:, queries] = full_attention(
-            query[:, queries], key[:, kept], value[:, kept], scaling
-        )
-        output[:, ~queries] = streaming_attention(
-            query[:, ~queries], key[:, ~kept], value[:, ~kept], scaling, self.rule
-        )
-        return output
-
-
-@dataclass(frozen=True)
-class GatedPolicy:
-    """alpha * full + (1 - alpha) * streaming, one alpha a KV head.
-
-    Attributes:
-        gates: [L, Hkv] float32, may require gradients.
-        rule: what streaming heads keep.
-    """
-
-    gates: Tensor
-    rule: StreamingRule
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
-    ) -> Tensor:
-        """A `Policy`."""
-        group = query.shape[1] // key.shape[1]
-        alpha = self.gates[layer].repeat_interleave(group)[:, None, None].to(query.dtype)
-        full = full_attention(query, key, value, scaling)
-        streaming = streaming_attention(query, key, value, scaling, self.rule)
-        return alpha * full + (1 - alpha) * streaming
-
-
-@dataclass(frozen=True)
-class LastRowsPolicy:
-    """Another policy, without what nobody looks at: the last layer before the first position asked for.
-
-    Their output there is 0. Nothing after the last attention mixes positions.
-
-    Attributes:
-        policy: of all layers.
-        last: number of the last layer.
-        first: the first position that is asked for.
-    """
-
-    policy: Policy
-    last: int
-    first: int
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
-    ) -> Tensor:
-        """A `Policy`."""
-        if layer != self.last:
-            return self.policy(layer, query, key, value, scaling)
-        output = self.policy(layer, query[:, :, self.first :], key, value, scaling)
-        return F.pad(output, (0, 0, self.first, 0))
-
-
-def attention_rows(
-    query: Tensor, key: Tensor, scaling: float, rows: Tensor, rule: StreamingRule | None = None
-) -> Tensor:
-    """Attention weights of some queries of one sample, in float32.
-
-    Args:
-        query: [1, Hq, T, D].
-        key: [1, Hkv, T, D].
-        scaling: factor of the logits.
-        rows: [n] int64 positions of the queries.
-        rule: what the heads keep; None keeps all.
+    One more coordinate makes their logits: 1 in that key, 0 in the others, and in the queries of a
+    head its sink over the scaling. Where all positions are asked for, a query that sees that key
+    alone comes before them, so that there are as many queries as keys. See `_without_sink`.
 
     Returns:
-        [Hq, n, T]; each row sums to 1.
+        query [B, Hq, n + 1 or n, D'], key and value [B, Hkv, T + 1, D'] with D' > D.
     """
-    key = _per_query_head(query, key)[0].float()
-    logits = query[0][:, rows].float() @ key.mT * scaling
-    positions = torch.arange(key.shape[1], device=key.device)
-    hidden = positions > rows[:, None]
-    if rule is not None:
-        hidden |= (positions >= rule.sink_size) & (positions <= rows[:, None] - rule.recent_size)
-    return logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    assert softmax.sinks is not None
+    size, own = query.shape[3], int(query.shape[2] == key.shape[2])
+    more = KEY_MULTIPLE - size % KEY_MULTIPLE
+    logits = (softmax.sinks.double() / softmax.scaling).to(query.dtype)[:, None, None]
+    query = torch.cat((query, logits.expand(*query.shape[:3], 1)), dim=3)
+    query = F.pad(query, (0, more - 1, own, 0))
+    sink_key = F.pad(key.new_ones(1, 1, 1, 1), (size, more - 1)).expand(*key.shape[:2], -1, -1)
+    key = torch.cat((sink_key, F.pad(key, (0, more))), dim=2)
+    return query, key, F.pad(value, (0, more, 1, 0))
+
+
+def _without_sink(output: Tensor, query: Tensor) -> Tensor:
+    """What belongs to the queries as they were: [B, Hq, n, D]."""
+    return output[:, :, -query.shape[2] :, : query.shape[3]]
 
 
 def _per_query_head(query: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ Left open by the paper, or differing between the paper and its code, and chosen 
 - the distance is the mean over answer positions and hidden units, as in the code (the paper sums
   over positions);
 - the distance is taken where answer tokens are predicted (the code takes the questions' tokens in);
+- learned sinks, which the paper's models lack, take part in both attentions as they are;
 - learning rate as in the code: up from a tenth over the first fifth of the steps, down to it over
   the last; AdamW without weight decay; alpha is clipped after each step (the code clips before one);
 - the samples: see `samples`. Samples of one step are padded at their end, which causal attention
@@ -38,16 +39,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_duo.identify.attention import (
-    GatedPolicy,
-    LastRowsPolicy,
-    Policy,
-    StreamingRule,
-    full_policy,
-)
+from vllm_duo.identify.attention import StreamingRule
 from vllm_duo.identify.checkpoint import Arrays
 from vllm_duo.identify.methods import Job, Progress, Scores
 from vllm_duo.identify.model import HookedModel
+from vllm_duo.identify.policies import GatedPolicy, LastRowsPolicy, Policy, full_policy
 from vllm_duo.identify.samples import to_batch
 
 LOWEST_LR_SHARE = 0.1

@@ -22,6 +22,7 @@ Left open by the paper and chosen here:
 - tokens are drawn evenly from the vocabulary without special tokens; one beginning-of-text token
   stands before them where the tokenizer has one;
 - sums run over all earlier copies; scores are averaged over samples;
+- what a learned sink gets is on no token and counts for neither score;
 - KV heads: `gqa`, max or mean over the group's query heads, before heads are ordered.
 """
 
@@ -33,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_duo.identify.attention import attention_rows, full_attention
+from vllm_duo.identify.attention import Softmax, attention_rows, full_attention
 from vllm_duo.identify.methods import (
     INDUCTION_REPEATS,
     Floats,
@@ -61,9 +62,9 @@ class Induction:
         first = ids.shape[1] - INDUCTION_REPEATS * period
         found: dict[int, Tensor] = {}
 
-        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            found[layer] = copy_attention(query, key, scaling, first, period)
-            return full_attention(query, key, value, scaling)
+        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+            found[layer] = copy_attention(query, key, softmax, first, period)
+            return full_attention(query, key, value, softmax)
 
         job.model.hidden(ids, look)
         layers = by_layer(found, job.model.info.num_layers)  # [L, 2, Hq]
@@ -107,13 +108,13 @@ def make_repeats(job: Job, index: int) -> tuple[Tensor, int]:
     return torch.tensor([begin + block * INDUCTION_REPEATS]), period
 
 
-def copy_attention(query: Tensor, key: Tensor, scaling: float, first: int, period: int) -> Tensor:
+def copy_attention(query: Tensor, key: Tensor, softmax: Softmax, first: int, period: int) -> Tensor:
     """Echo and induction score of every query head: [2, Hq].
 
     Args:
         query: [1, Hq, T, D].
         key: [1, Hkv, T, D].
-        scaling: factor of the logits.
+        softmax: of the layer.
         first: position of the first random token.
         period: tokens until they repeat.
     """
@@ -121,7 +122,7 @@ def copy_attention(query: Tensor, key: Tensor, scaling: float, first: int, perio
     sums = torch.zeros(2, query.shape[1], dtype=torch.float64, device=query.device)
     for start in range(first + period, length, ROWS_AT_ONCE):
         rows = torch.arange(start, min(start + ROWS_AT_ONCE, length), device=query.device)
-        weights = attention_rows(query, key, scaling, rows)  # [Hq, n, T]
+        weights = attention_rows(query, key, softmax, rows)  # [Hq, n, T]
         for repeat in range(1, INDUCTION_REPEATS):
             copies = rows - repeat * period
             there = copies >= first

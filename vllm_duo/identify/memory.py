@@ -15,6 +15,7 @@ import torch
 
 from vllm_duo.identify.available import available_cpu_bytes
 from vllm_duo.identify.checkpoint import has_checkpoint
+from vllm_duo.identify.mxfp4 import is_mxfp4, plain_numbers
 from vllm_duo.logging import get_logger
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     With gradients, per token: the input of every layer, and of one layer, computed again, what its
     backward pass needs: queries, keys, values and outputs of both attentions and the blocks of the
     streaming one, and the MLP's three intermediates, each with its gradient. Without: one layer's,
-    without gradients. The last hidden states count three times in both.
+    without gradients. The last hidden states count three times in both. With learned sinks each of the
+    two attentions has queries and outputs of its own.
 
     Example: 4 layers, hidden 128, 8 query heads of size 32, intermediate 256, float32, gradients:
     per token 4 * (4 * 128 + 2 * (12 * 256 + 3 * 256 + 4 * 128) + 3 * 128) = 38,400 bytes.
@@ -55,7 +57,7 @@ def step_bytes(model: HookedModel, length: int, batch_size: int, *, gradients: b
     middle = int(getattr(config, "intermediate_size", 0) or 4 * hidden)
     middle *= int(getattr(config, "num_experts_per_tok", 0) or 1)
     number = int(next(model.model.parameters()).element_size())
-    layer = 12 * heads + 3 * middle + 4 * hidden
+    layer = (12 + 4 * model.info.learned_sinks) * heads + 3 * middle + 4 * hidden
     if gradients:
         per_token = model.info.num_layers * hidden + 2 * layer + 3 * hidden
     else:
@@ -84,8 +86,8 @@ def _log_unknown() -> None:
     )
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the files of weights that transformers loads from a folder; 0: it has none of them.
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers loads from a folder; empty: it has none of them.
 
     One file goes before shards, as in transformers. What lies beside them does not count: weights in
     the format of their maker (``consolidated.safetensors``), adapters.
@@ -95,8 +97,13 @@ def weight_bytes(folder: Path) -> int:
         try:
             files = set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return 0  # transformers says what is wrong with it
-    return sum((folder / file).stat().st_size for file in files if (folder / file).is_file())
+            return []  # transformers says what is wrong with it
+    return [folder / file for file in files if (folder / file).is_file()]
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of `weight_files`."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
@@ -112,10 +119,12 @@ def check_weights_fit(name: str, config: Any, dtype: torch.dtype) -> None:
     Raises:
         MemoryError: names what they need and what there is.
     """
-    stored = weight_bytes(Path(name))
-    of_file = getattr(config, "dtype", None)
-    itemsize = of_file.itemsize if isinstance(of_file, torch.dtype) else dtype.itemsize
-    needs = stored * dtype.itemsize / itemsize
+    if is_mxfp4(config):
+        needs = float(plain_numbers(weight_files(Path(name))) * dtype.itemsize)
+    else:
+        of_file = getattr(config, "dtype", None)
+        itemsize = of_file.itemsize if isinstance(of_file, torch.dtype) else dtype.itemsize
+        needs = weight_bytes(Path(name)) * dtype.itemsize / itemsize
     there = available_bytes(torch.device("cpu"))  # they are loaded there first, whatever the device
     if there is not None and needs > there:
         raise MemoryError(

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from vllm_duo.identify import memory
-from vllm_duo.identify.attention import IMPLEMENTATION, AttentionHook, Policy, full_attention
+from vllm_duo.identify.attention import Softmax, full_attention
+from vllm_duo.identify.hook import IMPLEMENTATION, AttentionHook
+from vllm_duo.identify.mxfp4 import is_mxfp4, loading_arguments, unify
+from vllm_duo.identify.policies import Policy
 from vllm_duo.identify.refusals import (
     config_reasons,
     model_class,
@@ -33,7 +36,8 @@ FINGERPRINT_VALUES = 256
 class ModelInfo:
     """What a pattern must fit: L layers of Hq query and Hkv KV heads; D is the head size.
 
-    `windows` are the model's own sliding windows by layer, in tokens; empty: none.
+    `windows` are the model's own sliding windows by layer, in tokens; empty: none. `learned_sinks`:
+    whether its softmax has them (see `attention`).
     """
 
     name: str
@@ -45,6 +49,7 @@ class ModelInfo:
     max_positions: int
     fingerprint: str
     windows: Windows = ()
+    learned_sinks: bool = False
 
     @property
     def chosen_layers(self) -> list[int]:
@@ -134,7 +139,11 @@ def load_model(name: str, *, device: str | None, dtype: str | None) -> HookedMod
     tokenizer = _load_tokenizer(name)
     memory.check_weights_fit(name, config, number)
     try:
-        model = model_class(config).from_pretrained(name, dtype=number, attn_implementation="eager")
+        model = model_class(config).from_pretrained(
+            name, dtype=number, attn_implementation="eager", **loading_arguments(config)
+        )
+        if is_mxfp4(config):
+            unify(model, number)
         model = model.to(target).eval().requires_grad_(False)
         return hook_model(model, tokenizer, name, target)
     except (RuntimeError, MemoryError) as error:
@@ -150,10 +159,12 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         NotImplementedError: it has no attention layers, or they compute something else.
     """
     seen: dict[int, tuple[int, int, int]] = {}
+    with_sinks: list[int] = []
 
-    def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def look(layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         seen[layer] = (query.shape[1], key.shape[1], key.shape[3])
-        return full_attention(query, key, value, scaling)
+        with_sinks.extend([layer] * (softmax.sinks is not None))
+        return full_attention(query, key, value, softmax)
 
     text = text_of(model.config)
     windows = windows_of(text)
@@ -183,6 +194,7 @@ def hook_model(model: Any, tokenizer: Any, name: str, device: torch.device) -> H
         max_positions=int(getattr(text, "max_position_embeddings", 0) or 2**31),
         fingerprint=fingerprint(model),
         windows=windows,
+        learned_sinks=bool(with_sinks),
     )
     return HookedModel(model, tokenizer, hook, info, device)
 

@@ -9,9 +9,10 @@ are predicted, every head reading the same, full model,
 
     score = sum |o_full - o_streaming|^2 / (2 * sum (|o_full|^2 + |o_streaming|^2)),  [L, Hq] in [0, 1].
 
-The sums run over the positions of a sample; scores are averaged over the samples. KV heads: `gqa`,
-max or mean over the group's query heads. What the output is used for is not looked at: a head whose
-output changes much and matters little scores high. `gates` tells these apart.
+Learned sinks take part in both outputs. The sums run over the positions of a sample; scores are
+averaged over the samples. KV heads: `gqa`, max or mean over the group's query heads. What the output is
+used for is not looked at: a head whose output changes much and matters little scores high. `gates`
+tells these apart.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_duo.identify.attention import attention_rows, full_attention
+from vllm_duo.identify.attention import Softmax, attention_rows, full_attention
 from vllm_duo.identify.methods import Floats, Job, Scores, by_layer, to_kv_heads
 
 
@@ -37,11 +38,11 @@ class OnTheFly:
         rows = torch.tensor(sample.answer_queries(), device=job.model.device)
         found: dict[int, Tensor] = {}
 
-        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            full = attention_rows(query, key, scaling, rows)
-            streaming = attention_rows(query, key, scaling, rows, job.rule)
+        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+            full = attention_rows(query, key, softmax, rows)
+            streaming = attention_rows(query, key, softmax, rows, job.rule)
             found[layer] = output_change(full, streaming, value)
-            return full_attention(query, key, value, scaling)
+            return full_attention(query, key, value, softmax)
 
         job.model.hidden(ids, look)
         return by_layer(found, job.model.info.num_layers).double().cpu().numpy()

@@ -74,8 +74,6 @@ def config_reasons(config: Any) -> Iterator[str]:
         yield "layers that share another layer's KV cache"
     if setting("alibi") or setting("use_alibi"):
         yield "ALiBi position biases"
-    if config.model_type == "gpt_oss":
-        yield "learned attention sinks"
     yield from _window_reasons(config)
     found = model_class(whole)
     if found is None:

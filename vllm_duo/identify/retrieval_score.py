@@ -18,6 +18,8 @@ Left open by the paper and chosen here:
   generated where the model's most likely token is that one;
 - k are the tokens of the key; the needle is the whole sentence that holds it;
 - a key's tokens count by their places, so that a digit that comes twice counts twice;
+- a head whose learned sink gets more than any token has its strongest attention there, and copies
+  nothing: in other models such a head looks at the first token;
 - KV heads: `gqa`, max or mean over the group's query heads (the paper has none).
 """
 
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_duo.identify.attention import attention_rows, full_attention
+from vllm_duo.identify.attention import Softmax, attention_rows, full_attention
 from vllm_duo.identify.methods import Floats, Job, Scores, by_layer, to_kv_heads
 
 
@@ -51,13 +53,16 @@ class RetrievalScore:
         low, high = torch.tensor(spans, device=job.model.device).unbind(1)  # [n] each
         hits: dict[int, Tensor] = {}
 
-        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-            strongest = attention_rows(query, key, scaling, rows).argmax(-1)  # [Hq, n]
+        def look(layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+            weights = attention_rows(query, key, softmax, rows)  # [Hq, n, T]
+            strongest = weights.argmax(-1)  # [Hq, n]
             inside = (strongest >= low) & (strongest < high)
+            if softmax.sinks is not None:
+                inside &= weights.amax(-1) > 1 - weights.sum(-1)
             if job.settings.needle_match == "exact":
                 inside &= ids[0][strongest] == ids[0][rows + 1]
             hits[layer] = inside
-            return full_attention(query, key, value, scaling)
+            return full_attention(query, key, value, softmax)
 
         hidden = job.model.hidden(ids, look)
         generated = job.model.logits(hidden[0, rows]).argmax(-1) == ids[0][rows + 1]  # [n]

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from vllm_duo.heads import HeadPattern
-from vllm_duo.identify.attention import ClassPolicy, Policy, full_policy
 from vllm_duo.identify.methods import Job
 from vllm_duo.identify.model import HookedModel
+from vllm_duo.identify.policies import ClassPolicy, Policy, full_policy
 from vllm_duo.identify.samples import Sample
 
 LARGEST_LOSS = 0.05
