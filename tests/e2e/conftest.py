@@ -18,6 +18,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import pytest
 
 from tests.models.random_models import make_model
+from tests.models.vision_models import make_vision_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +50,19 @@ def checkpoint(tmp_path_factory):
         if shape not in made:
             made[shape] = make_model(shape, folder)
         return made[shape]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def vision_model(tmp_path_factory):
+    """Makes each multimodal checkpoint once."""
+    folder, made = tmp_path_factory.mktemp("vision"), {}
+
+    def get(family):
+        if family not in made:
+            made[family] = make_vision_model(family, folder)
+        return made[family]
 
     return get
 

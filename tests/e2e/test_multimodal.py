@@ -12,7 +12,7 @@ import pytest
 from tests.e2e.engine import engine, write_pattern
 from tests.e2e.pictures import Picture, PictureOracle, ask, assert_oracles, prompt
 from tests.e2e.test_exactness import mask_of
-from tests.models.vision_models import KV_HEADS, TOKENS_OF_PICTURE, WORDS, make_vision_model
+from tests.models.vision_models import KV_HEADS, TOKENS_OF_PICTURE, WORDS
 from tests.vision import vision  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("vision")]
@@ -48,19 +48,6 @@ LIMITS = {"image": 3}
 def limits_of(family):
     """Video needs torchvision."""
     return LIMITS | ({"video": 0} if "qwen" in family else {})
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    """Makes each checkpoint once."""
-    folder, made = tmp_path_factory.mktemp("vision"), {}
-
-    def get(family):
-        if family not in made:
-            made[family] = make_vision_model(family, folder)
-        return made[family]
-
-    return get
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,7 @@ DRAFTERS = pytest.mark.parametrize(
     [
         pytest.param("ngram", marks=pytest.mark.feature("speculative decoding, n-gram")),
         pytest.param("eagle", marks=pytest.mark.feature("speculative decoding, EAGLE head")),
+        pytest.param("eagle3", marks=pytest.mark.feature("speculative decoding, EAGLE head")),
     ],
 )
 
