@@ -8,10 +8,12 @@ from tests.e2e.drafts import Outcomes
 from tests.e2e.engine import engine, write_pattern
 from tests.e2e.pictures import PictureOracle, ask, assert_oracles
 from tests.e2e.test_exactness import mask_of
-from tests.e2e.test_multimodal import ANSWER, RECENT, SHOWN, SINK, limits_of, prompts
+from tests.e2e.test_multimodal import BLOCK, RECENT, SHOWN, SINK, limits_of, prompts
 from tests.models.eagle_heads import make_head
 from tests.models.vision_models import KV_HEADS, make_decoder
 from tests.vision import vision  # noqa: F401 - a fixture
+
+ANSWER = 100
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("vision")]
 
@@ -35,7 +37,7 @@ def case(family, method, *marks):
     ],
 )
 def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_path, monkeypatch):
-    """All together in a pool that is too small for them; then one by one, resuming at snapshots."""
+    """All together in a pool that is too small for them; then resuming behind a picture."""
     model = vision_model(family)
     decoder = make_decoder(model, tmp_path)
     drafter = decoder if method == "draft_model" else make_head(decoder, method, tmp_path)
@@ -46,7 +48,7 @@ def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_pat
         recent_size=RECENT,
         max_model_len=1000,
         max_num_batched_tokens=100,
-        num_gpu_blocks_override=110,
+        num_gpu_blocks_override=105,
         limit_mm_per_prompt=limits_of(family),
         skip_tokenizer_init=False,
         enable_prefix_caching=True,
@@ -59,10 +61,14 @@ def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_pat
         preempted = running.record_preemptions()
         outcomes = Outcomes(running.core.scheduler, monkeypatch)
         asked = ask(running, family, prompts(), ANSWER)
-        again = [ask(running, family, [each], ANSWER)[0] for each in prompts()]
+        # One after the other, so that nobody else takes the blocks between.
+        assert running.llm.reset_prefix_cache()
+        alone, again = (ask(running, family, prompts()[2:3], ANSWER)[0] for _ in range(2))
     oracle = PictureOracle(model, mask_of("mixed", KV_HEADS), SINK, RECENT)
-    assert_oracles(oracle, asked + again, ANSWER)
+    assert_oracles(oracle, [*asked, alone, again], ANSWER)
     assert preempted
-    assert sum(each.cached for each in again) > 500
+    # vLLM drops the last block of a hit where a head drafts.
+    whole = (len(again.token_ids) - 1) // BLOCK * BLOCK
+    assert again.cached == whole - BLOCK * (method != "draft_model")
     assert sum(outcomes.accepted[count] for count in (1, 2, 3)) > 10
     assert sum(outcomes.rejected.values()) > 10

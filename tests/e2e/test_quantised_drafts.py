@@ -68,9 +68,27 @@ def drafter(method, model, folder):
 def test_answers_are_those_of_what_is_kept(
     name, streaming, method, own, checkpoint, tmp_path, monkeypatch
 ):
-    """In chunks, in a pool that holds four prompts and not their answers, then from cached prefixes."""
+    """In chunks, in a pool for four prompts and half of their answers, and at a cached prefix."""
     model, pattern = checkpoint(SHAPE), write_pattern(tmp_path / "uneven", MASK)
     drafts = drafter(method, model, tmp_path)
+    planned = plan_memory(
+        PlanRequest(
+            model=str(model),
+            duo={
+                **{"pattern": str(pattern), "threshold": 0.5, "sink_size": SINK},
+                **{"recent_size": RECENT, "streaming_cache_dtype": streaming},
+            },
+            kv_cache_bytes=2**24,
+            lengths=[len(PROMPTS[0]) + ANSWER_TOKENS // 2],
+            max_model_len=400,
+            dtype="float32",
+            kv_cache_dtype=name,
+            block_size=BLOCK,
+            num_speculative_tokens=DRAFTS,
+            draft_model=str(drafts),
+            draft_kv_cache_dtype=own,
+        )
+    )
     with engine(
         model,
         pattern,
@@ -81,7 +99,7 @@ def test_answers_are_those_of_what_is_kept(
         block_size=BLOCK,
         max_model_len=400,
         max_num_batched_tokens=128,
-        num_gpu_blocks_override=60,
+        num_gpu_blocks_override=1 + len(PROMPTS) * planned.by_length[0].blocks,
         speculative_config={
             "method": method,
             "model": str(drafts),
@@ -95,37 +113,25 @@ def test_answers_are_those_of_what_is_kept(
             stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
         stepper.run()
         answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
-        again = stepper.ask("again", PROMPTS[-1], max_tokens=ANSWER_TOKENS)
+        # One after the other, so that nobody else takes the blocks between.
+        assert running.llm.reset_prefix_cache()
+        alone, again = (
+            stepper.ask(turn, PROMPTS[-1], max_tokens=ANSWER_TOKENS) for turn in ("alone", "again")
+        )
         config = running.core.scheduler.kv_cache_config
         stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
     assert stepper.preempted
-    assert stepper.hit("again") >= 128
+    # vLLM drops the last block of a hit where a head drafts.
+    assert stepper.hit("again") == 144 - BLOCK * (method != "draft_model")
     assert sum(outcomes.accepted[count] for count in range(1, DRAFTS + 1)) > 20
     assert sum(outcomes.rejected.values()) > 20
     quantised = Oracle(
         model, MASK, SINK, RECENT, FORMATS.get(name), streaming_quantised=streaming == "same"
     )
-    for prompts, served in ((PROMPTS, answers), (PROMPTS[-1:], [again])):
+    for prompts, served in ((PROMPTS, answers), (PROMPTS[-1:] * 2, [alone, again])):
         error = rms(errors(quantised, prompts, served))
         assert error <= ERROR
         if name in FORMATS:
             plain = rms(errors(Oracle(model, MASK, SINK, RECENT), prompts, served))
             assert plain > MATTERS * error, "what is kept must matter"
-    planned = plan_memory(
-        PlanRequest(
-            model=str(model),
-            duo={
-                **{"pattern": str(pattern), "threshold": 0.5, "sink_size": SINK},
-                **{"recent_size": RECENT, "streaming_cache_dtype": streaming},
-            },
-            kv_cache_bytes=2**24,
-            max_model_len=400,
-            dtype="float32",
-            kv_cache_dtype=name,
-            block_size=BLOCK,
-            num_speculative_tokens=DRAFTS,
-            draft_model=str(drafts),
-            draft_kv_cache_dtype=own,
-        )
-    )
     assert stored == {planned.block_bytes}
