@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
@@ -297,7 +298,10 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
         parallel.pipeline_parallel_size,
         _multimodal_type(vllm_config.model_config),
     )
-    yield from draft_refusals(facts_of(speculation.draft_model_config), ranks)
+    draft = speculation.draft_model_config
+    # To vLLM a draft takes no images, whatever model it is.
+    facts = replace(facts_of(draft), multimodal=_multimodal_type(draft))
+    yield from draft_refusals(facts, ranks)
     if own not in (None, ranks):
         yield (
             f"what drafts: draft_tensor_parallel_size {own}: it runs on the model's {ranks} ranks, "

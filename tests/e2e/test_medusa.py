@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -29,9 +31,15 @@ def hidden_states(oracle, text):
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    "ranks",
+    [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.feature("tensor parallelism")])],
+)
 @pytest.mark.feature("speculative decoding, Medusa heads", "prefix caching", "preemption")
-def test_heads_change_no_token(checkpoint, tmp_path, monkeypatch):
+def test_heads_change_no_token(ranks, checkpoint, tmp_path, monkeypatch):
     """In chunks, in a pool for two and a half of the longest requests; then from cached prefixes."""
+    if len(os.sched_getaffinity(0)) < ranks:
+        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
     model, pattern = checkpoint(SHAPE), write_pattern(tmp_path / "mixed", MASK)
     oracle = Oracle(model, MASK, SINK, RECENT)
     with engine(model, pattern) as running:
@@ -46,6 +54,8 @@ def test_heads_change_no_token(checkpoint, tmp_path, monkeypatch):
         max_num_batched_tokens=100,
         max_model_len=600,
         num_gpu_blocks_override=100,
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="uni" if ranks == 1 else "mp",
         speculative_config={
             "method": "medusa",
             "model": str(heads),

@@ -34,6 +34,8 @@ def case(family, method, *marks):
         case("mistral3", "eagle", pytest.mark.slow),
         case("mistral3", "eagle3", pytest.mark.slow),
         case("qwen2_5_vl", "draft_model", pytest.mark.slow),
+        case("qwen2_5_vl", "eagle", pytest.mark.slow),
+        case("qwen2_5_vl", "eagle3", pytest.mark.slow),
     ],
 )
 def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ one of its own. Whatever it keeps, an answer is of the model and its own cache. 
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.e2e.drafts import Outcomes
@@ -17,6 +19,7 @@ from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.e2e.test_quantised_cache import BLOCK, ERROR, MATTERS, RECENT, SHAPE, SINK
 from tests.models.eagle_heads import make_head
 from tests.oracle import Oracle
+from vllm_duo.compat.pool_report import LAYOUT
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.planning.plan import PlanRequest, plan_memory
 
@@ -30,21 +33,23 @@ SHOWN = {
     "eagle3": "speculative decoding, EAGLE head",
 }
 CASES = [
-    # --kv-cache-dtype, streaming_cache_dtype, what drafts, kv_cache_dtype of its own
-    ("int4_per_token_head", "same", "draft_model", None),
-    ("fp8", "model", "eagle3", None),
-    ("int8_per_token_head", "same", "eagle", None),
-    ("int4_per_token_head", "model", "eagle", "auto"),
-    ("int8_per_token_head", "model", "draft_model", "int4_per_token_head"),
-    ("fp8", "same", "draft_model", None),
-    ("int4_per_token_head", "same", "eagle3", None),
-    ("fp8_per_token_head", "same", "eagle3", "fp8_e5m2"),
-    ("auto", "same", "draft_model", "fp8"),
+    # --kv-cache-dtype, streaming_cache_dtype, what drafts, kv_cache_dtype of its own, ranks
+    ("int4_per_token_head", "same", "draft_model", None, 1),
+    ("fp8", "model", "eagle3", None, 1),
+    ("int8_per_token_head", "same", "eagle", None, 1),
+    ("int4_per_token_head", "model", "eagle", "auto", 1),
+    ("int8_per_token_head", "model", "draft_model", "int4_per_token_head", 1),
+    ("fp8", "same", "draft_model", None, 1),
+    ("int4_per_token_head", "same", "eagle3", None, 1),
+    ("fp8_per_token_head", "same", "eagle3", "fp8_e5m2", 1),
+    ("auto", "same", "draft_model", "fp8", 1),
+    ("int8_per_token_head", "model", "eagle", None, 2),
+    ("int4_per_token_head", "same", "draft_model", "auto", 2),
 ]
 QUICK = 2  # of these
 
 
-def case(number, name, streaming, method, own):
+def case(number, name, streaming, method, own, ranks):
     marks = [pytest.mark.feature(SHOWN[method], "preemption", "prefix caching")]
     if name in FORMATS:
         marks += [pytest.mark.feature(f"quantised KV cache, {name.partition('_')[0]}")]
@@ -53,7 +58,10 @@ def case(number, name, streaming, method, own):
     if number >= QUICK:
         marks += [pytest.mark.slow]
     identity = f"{name}-{streaming}-{method}" + f"-own {own}" * (own is not None)
-    return pytest.param(name, streaming, method, own, id=identity, marks=marks)
+    if ranks > 1:
+        marks += [pytest.mark.feature("draft model or EAGLE head on several ranks")]
+        identity += f"-{ranks} ranks"
+    return pytest.param(name, streaming, method, own, ranks, id=identity, marks=marks)
 
 
 def drafter(method, model, folder):
@@ -63,12 +71,15 @@ def drafter(method, model, folder):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("name", "streaming", "method", "own"), [case(n, *each) for n, each in enumerate(CASES)]
+    ("name", "streaming", "method", "own", "ranks"),
+    [case(n, *each) for n, each in enumerate(CASES)],
 )
 def test_answers_are_those_of_what_is_kept(
-    name, streaming, method, own, checkpoint, tmp_path, monkeypatch
+    name, streaming, method, own, ranks, checkpoint, tmp_path, monkeypatch
 ):
     """In chunks, in a pool for four prompts and half of their answers, and at a cached prefix."""
+    if len(os.sched_getaffinity(0)) < ranks:
+        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
     model, pattern = checkpoint(SHAPE), write_pattern(tmp_path / "uneven", MASK)
     drafts = drafter(method, model, tmp_path)
     planned = plan_memory(
@@ -87,6 +98,7 @@ def test_answers_are_those_of_what_is_kept(
             num_speculative_tokens=DRAFTS,
             draft_model=str(drafts),
             draft_kv_cache_dtype=own,
+            tensor_parallel_size=ranks,
         )
     )
     with engine(
@@ -100,6 +112,8 @@ def test_answers_are_those_of_what_is_kept(
         max_model_len=400,
         max_num_batched_tokens=128,
         num_gpu_blocks_override=1 + len(PROMPTS) * planned.by_length[0].blocks,
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="uni" if ranks == 1 else "mp",
         speculative_config={
             "method": method,
             "model": str(drafts),
@@ -119,6 +133,7 @@ def test_answers_are_those_of_what_is_kept(
             stepper.ask(turn, PROMPTS[-1], max_tokens=ANSWER_TOKENS) for turn in ("alone", "again")
         )
         config = running.core.scheduler.kv_cache_config
+        told = getattr(running.core.scheduler, LAYOUT).block_bytes  # on /metrics
         stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
     assert stepper.preempted
     # vLLM drops the last block of a hit where a head drafts.
@@ -134,4 +149,4 @@ def test_answers_are_those_of_what_is_kept(
         if name in FORMATS:
             plain = rms(errors(Oracle(model, MASK, SINK, RECENT), prompts, served))
             assert plain > MATTERS * error, "what is kept must matter"
-    assert stored == {planned.block_bytes}
+    assert stored == {planned.block_bytes} == {told}

@@ -73,7 +73,7 @@ def copy_kv_heads(config, layers: dict[str, torch.Tensor]) -> None:
     copies, rest = divmod(config.hidden_size, config.num_key_value_heads * config.head_dim)
     assert rest == 0, "as many parts of the embedding as KV heads, or a multiple"
     for name, weight in layers.items():
-        if name.endswith(("k_proj.weight", "v_proj.weight")):
+        if "k_proj." in name or "v_proj." in name:
             heads = weight.unflatten(0, (config.num_key_value_heads, config.head_dim))
             layers[name] = heads.repeat_interleave(copies, dim=0).flatten(0, 1)
     config.num_key_value_heads *= copies
@@ -104,4 +104,8 @@ def embedding_layer(config) -> dict[str, torch.Tensor]:
         "mlp.up_proj.weight": mlp,
         "mlp.down_proj.weight": mlp.T,
     }
+    if config.attention_bias:
+        for name in ("q", "k", "v", "o"):
+            width = layer[f"self_attn.{name}_proj.weight"].shape[0]
+            layer[f"self_attn.{name}_proj.bias"] = torch.zeros(width)
     return {f"layers.0.{name}": weight for name, weight in layer.items()}

@@ -214,17 +214,19 @@ def make_vision_model(name: str, folder: Path, seed: int = 0) -> Path:
 
 
 def make_decoder(model: Path, folder: Path) -> Path:
-    """Write the decoder of a multimodal checkpoint as the text model that it is; returns its folder."""
+    """Write the decoder of a multimodal checkpoint as a Llama; returns its folder."""
     weights = {
         name.removeprefix("language_model."): weight
         for name, weight in load_file(model / "model.safetensors").items()
         if name.startswith(("language_model.", "model.", "lm_head."))
     }
-    kind = "Qwen2" if any(name.endswith("q_proj.bias") for name in weights) else "Llama"
-    # Qwen2 has no other head size than that of its hidden states' equal parts.
-    head = {} if kind == "Qwen2" else {"head_dim": HEAD_SIZE}
-    config = getattr(transformers, f"{kind}Config")(**head, **TEXT)
-    config.architectures = [f"{kind}ForCausalLM"]
+    biases = any(name.endswith("q_proj.bias") for name in weights)
+    if biases:
+        # Qwen2 has none behind the attention, a Llama all or none.
+        for layer in range(LAYERS):
+            weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(HIDDEN)
+    config = transformers.LlamaConfig(head_dim=HEAD_SIZE, attention_bias=biases, **TEXT)
+    config.architectures = ["LlamaForCausalLM"]
     target = folder / f"{model.name}-decoder"
     config.save_pretrained(target)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
