@@ -13,7 +13,7 @@ from tests.models.eagle_heads import make_head
 from tests.models.vision_models import KV_HEADS, make_decoder
 from tests.vision import vision  # noqa: F401 - a fixture
 
-ANSWER = 100
+ANSWER = 120
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("vision")]
 
@@ -22,6 +22,13 @@ def case(family, method, *marks):
     shown = "draft model" if method == "draft_model" else "EAGLE head"
     features = (f"speculative decoding, {shown}", SHOWN[family], "preemption")
     return pytest.param(family, method, marks=[pytest.mark.feature(*features), *marks])
+
+
+def drafts_of(method, model, folder):
+    """``--speculative-config`` of the model's decoder, or of a head of its layers."""
+    decoder = make_decoder(model, folder)
+    drafter = decoder if method == "draft_model" else make_head(decoder, method, folder)
+    return {"method": method, "model": str(drafter), "num_speculative_tokens": 3}
 
 
 @pytest.mark.parametrize(
@@ -41,8 +48,6 @@ def case(family, method, *marks):
 def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_path, monkeypatch):
     """All together in a pool that is too small for them; then resuming behind a picture."""
     model = vision_model(family)
-    decoder = make_decoder(model, tmp_path)
-    drafter = decoder if method == "draft_model" else make_head(decoder, method, tmp_path)
     with engine(
         model,
         write_pattern(tmp_path / "mixed", mask_of("mixed", KV_HEADS)),
@@ -50,15 +55,11 @@ def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_pat
         recent_size=RECENT,
         max_model_len=1000,
         max_num_batched_tokens=100,
-        num_gpu_blocks_override=105,
+        num_gpu_blocks_override=100,
         limit_mm_per_prompt=limits_of(family),
         skip_tokenizer_init=False,
         enable_prefix_caching=True,
-        speculative_config={
-            "method": method,
-            "model": str(drafter),
-            "num_speculative_tokens": 3,
-        },
+        speculative_config=drafts_of(method, model, tmp_path),
     ) as running:
         preempted = running.record_preemptions()
         outcomes = Outcomes(running.core.scheduler, monkeypatch)
@@ -72,5 +73,26 @@ def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_pat
     # vLLM drops the last block of a hit where a head drafts.
     whole = (len(again.token_ids) - 1) // BLOCK * BLOCK
     assert again.cached == whole - BLOCK * (method != "draft_model")
+    assert sum(outcomes.accepted[count] for count in (1, 2, 3)) > 10
+    assert sum(outcomes.rejected.values()) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.feature("the text of a multimodal model alone", "speculative decoding, draft model")
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_text_alone(family, vision_model, tmp_path, monkeypatch):
+    model = vision_model(family)
+    with engine(
+        model,
+        write_pattern(tmp_path / "mixed", mask_of("mixed", KV_HEADS)),
+        sink_size=SINK,
+        recent_size=RECENT,
+        language_model_only=True,
+        skip_tokenizer_init=False,
+        speculative_config=drafts_of("draft_model", model, tmp_path),
+    ) as running:
+        outcomes = Outcomes(running.core.scheduler, monkeypatch)
+        asked = ask(running, family, prompts()[:2], ANSWER)
+    assert_oracles(PictureOracle(model, mask_of("mixed", KV_HEADS), SINK, RECENT), asked, ANSWER)
     assert sum(outcomes.accepted[count] for count in (1, 2, 3)) > 10
     assert sum(outcomes.rejected.values()) > 10
