@@ -45,6 +45,8 @@ def make_head(model: Path, method: str, folder: Path) -> Path:
             own[f"layers.0.self_attn.{projection}_proj.weight"] *= norm
         own["fc.weight"] = torch.cat([torch.eye(hidden), HINT * torch.eye(hidden)], dim=1)
     else:
+        # What vLLM would take by itself are three different ones of some numbers of layers only.
+        config.eagle_aux_hidden_state_layer_ids = [0, 1, 2]
         copy_kv_heads(config, own)
         own |= embedding_layer(config)
         own["fc.weight"] = torch.cat([torch.eye(hidden)] * 3, dim=1)
