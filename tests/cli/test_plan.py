@@ -132,7 +132,10 @@ def test_plot(run, model, tmp_path, suffix):
             "--num-speculative-tokens: expected 0 or more, got -1",
         ),
         (["--draft-model", "x"], "--draft-model: expected --num-speculative-tokens of 1 or more"),
-        (["--draft-kv-cache-dtype", "fp8"], "--draft-kv-cache-dtype: expected --draft-model with it"),
+        (
+            ["--draft-kv-cache-dtype", "fp8"],
+            "--draft-kv-cache-dtype: expected --draft-model with it",
+        ),
         (["--tp", "3"], "8 KV heads cannot be split over 3 ranks"),
         (["--tp", "0"], "--tp: expected more than 0, got 0"),
         (["--pp", "0"], "--pp: expected more than 0, got 0"),
