@@ -163,8 +163,10 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "speculative decoding, custom proposer": "`custom_class`: drafts from tokens alone",
         "speculative decoding, draft model": "",
         "speculative decoding, EAGLE head": "`eagle`, `eagle3`",
-        "drafts of layers, with multimodal input": "a draft model or EAGLE head; n-grams are served",
-        "speculative decoding, MTP, Medusa and the like": "",
+        "drafts of layers, for other multimodal models": "than LLaVA, Mistral 3 and Qwen2.5-VL: a "
+        "draft model or EAGLE head; n-grams are served",
+        "speculative decoding, Medusa heads": "`medusa`",
+        "speculative decoding, MTP and the like": "",
         "draft model or EAGLE head on several ranks": "",
         "KV connectors": "offloading, disaggregated prefill (NIXL, LMCache)",
         "encoder caches of other servers": "`--ec-transfer-config`",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from vllm_duo.kv_cache.formats import row_bytes
 from vllm_duo.kv_cache.ranks import heads_per_rank
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 DRAFTS_OF_TOKENS = ("ngram", "custom_class")
-"""vLLM's methods that draft from tokens alone, without attention layers."""
+"""vLLM's methods that draft from tokens alone."""
+
+MEDUSA = "medusa"
+"""vLLM's method that drafts with Medusa heads: a token each, from the model's last hidden state."""
+
+DRAFTS_WITHOUT_CACHES = (*DRAFTS_OF_TOKENS, MEDUSA)
+"""vLLM's methods that have no attention layers, so nothing of theirs lies in the KV cache."""
 
 DRAFT_MODEL = "draft_model"
 """vLLM's method that drafts with a model of its own, its tag and the prefix of its layers' names."""
@@ -34,13 +41,18 @@ class Drafts:
         size: speculative tokens of a step at most: so many positions may be written and rolled back.
         num_layers: of a draft model or an EAGLE head; 0 without one.
         num_kv_heads: of each of its layers.
-        head_bytes: bytes of one token's keys and values in one of these heads.
+        head_size: ``D`` of these heads, in elements.
+        dtype_bytes: bytes of one number of its own dtype.
+        row_bytes: bytes of one token in one of its heads where its cache is quantised
+            (``CacheFormat.row_bytes``).
     """
 
     size: int = 0
     num_layers: int = 0
     num_kv_heads: int = 0
-    head_bytes: int = 0
+    head_size: int = 0
+    dtype_bytes: int = 0
+    row_bytes: int | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> Self:
@@ -55,8 +67,23 @@ class Drafts:
             size=speculation.num_speculative_tokens,
             num_layers=model.get_total_num_hidden_layers(),
             num_kv_heads=model.get_total_num_kv_heads(),
-            head_bytes=2 * model.get_head_size() * model.dtype.itemsize,
+            head_size=model.get_head_size(),
+            dtype_bytes=model.dtype.itemsize,
+            row_bytes=row_bytes(draft_cache_dtype(vllm_config), model.get_head_size()),
         )
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one token's keys, values and scales in one of the drafting heads.
+
+        Worked example: D = 64 in bf16: 256 bytes. With a byte for each number and two scales: 136.
+        """
+        return 2 * self.head_size * self.dtype_bytes if self.row_bytes is None else self.row_bytes
+
+    @property
+    def unquantised(self) -> Self:
+        """The same with a cache of the drafting model's own dtype."""
+        return replace(self, row_bytes=None)
 
     def token_bytes(self, ranks: int) -> int:
         """Bytes of one token in all layers of what drafts, on each of so many tensor-parallel ranks.
@@ -80,6 +107,12 @@ def draft_model_of(vllm_config: VllmConfig) -> ModelConfig | None:
     if speculation is None or speculation.method not in DRAFTS_OF_LAYERS:
         return None
     return speculation.draft_model_config
+
+
+def draft_cache_dtype(vllm_config: VllmConfig) -> str:
+    """The KV cache of what drafts, by vLLM's name: its own, or where it has none the server's."""
+    own = vllm_config.speculative_config.kv_cache_dtype
+    return str(own or vllm_config.cache_config.cache_dtype)
 
 
 def is_made_for_drafts(vllm_config: VllmConfig) -> bool:

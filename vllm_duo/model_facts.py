@@ -18,6 +18,9 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 MULTIMODAL = ("llava", "mistral3", "qwen2_vl", "qwen2_5_vl")
 """Model types whose images and text were served and held against an oracle (docs/multimodal.md)."""
 
+MULTIMODAL_WITH_LAYERS_THAT_DRAFT = ("llava", "mistral3", "qwen2_5_vl")
+"""Those that a draft model or an EAGLE head drafts for. vLLM 0.32 loads no such layers for Qwen2-VL."""
+
 TEXT_ALONE = "--language-model-only serves its text alone"
 
 
@@ -123,8 +126,10 @@ def draft_refusals(model: ModelFacts, ranks: int) -> Iterator[str]:
     """
     if problem := split_problem(model.num_kv_heads, ranks):
         yield f"what drafts: {problem}"
-    for reason in model_refusals(replace(model, runner_type="generate")):
+    for reason in model_refusals(replace(model, runner_type="generate", multimodal=None)):
         yield f"what drafts: {reason}"
+    if model.multimodal is not None:
+        yield f"what drafts: a model that takes images ({model.multimodal}): use a text model"
     if model.windows:
         yield (
             f"what drafts: the model's own sliding window ({describe(model.windows)}): the heads "

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_duo.config import SECTION
-from vllm_duo.drafts import DRAFTS_OF_LAYERS, DRAFTS_OF_TOKENS
+from vllm_duo.drafts import DRAFTS_OF_LAYERS, DRAFTS_OF_TOKENS, DRAFTS_WITHOUT_CACHES
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.ranks import split_problem
-from vllm_duo.model_facts import ModelFacts, draft_refusals, model_refusals
+from vllm_duo.model_facts import (
+    MULTIMODAL_WITH_LAYERS_THAT_DRAFT,
+    ModelFacts,
+    draft_refusals,
+    model_refusals,
+)
 from vllm_duo.windows import layer_windows
 
 if TYPE_CHECKING:
@@ -121,7 +127,7 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         uses_mla=model.use_mla,
         is_encoder_decoder=model.is_encoder_decoder,
         has_other_layers=model.is_hybrid or model.is_attention_free,
-        multimodal=_multimodal_type(model),
+        multimodal=_multimodal_type(model) if model.supports_multimodal_inputs else None,
         sees_both_ways=model.is_mm_prefix_lm,
         windows=layer_windows(num_layers, model.get_sliding_window(), setting("layer_types")),
         attention_chunk_size=setting("attention_chunk_size"),
@@ -135,8 +141,8 @@ def facts_of(model: ModelConfig) -> ModelFacts:
 
 
 def _multimodal_type(model: ModelConfig) -> str | None:
-    """The model type where a model takes more than text; None where all other input is switched off."""
-    if not model.supports_multimodal_inputs:
+    """The model type of a model that can take more than text, even if the rest is switched off."""
+    if not model.is_multimodal_model:
         return None
     model_type = str(model.hf_config.model_type)
     if model.using_transformers_backend():
@@ -153,6 +159,11 @@ def sinks_refusals(model_type: str) -> Iterator[str]:
 
     if model_type == "gpt_oss" and not current_platform.is_cpu():
         yield "learned attention sinks on a GPU: not tested yet"
+
+
+def dtype_name(model: ModelConfig) -> str:
+    """The model's own kind of numbers, by vLLM's name."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def cache_dtype_refusal(cache_dtype: str, model_dtype: str) -> str | None:
@@ -248,33 +259,33 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
             "which drafts of the last one stay; use --no-async-scheduling"
         )
     method = speculation.method
-    if method in DRAFTS_OF_TOKENS:
+    if method in DRAFTS_WITHOUT_CACHES:
         return
     if method in DRAFTS_OF_LAYERS:
         yield from _draft_model(vllm_config)
         return
     yield (
         f"speculative decoding by {method!r}: not tested yet; use one of "
-        f"{', '.join((*DRAFTS_OF_TOKENS, *DRAFTS_OF_LAYERS))} or remove --speculative-config"
+        f"{', '.join((*DRAFTS_WITHOUT_CACHES, *DRAFTS_OF_LAYERS))} or remove --speculative-config"
     )
 
 
-def draft_model_refusals(stages: int, cache_dtype: str, multimodal: bool) -> Iterator[str]:
-    """Why no draft model runs in so many pipeline stages, with such a cache or such input, if so."""
-    if multimodal:
+def draft_model_refusals(stages: int, multimodal: str | None) -> Iterator[str]:
+    """Why no draft model or EAGLE head can be served, if so.
+
+    Args:
+        stages: of the pipeline.
+        multimodal: config.json's model type of a model that can take more than text; None: text alone.
+    """
+    if multimodal is not None and multimodal not in MULTIMODAL_WITH_LAYERS_THAT_DRAFT:
         yield (
-            f"what drafts: not tested with multimodal input; use {DRAFTS_OF_TOKENS[0]} or "
-            "--language-model-only"
+            f"what drafts: not tested with a multimodal model of the type {multimodal}, expected one "
+            f"of {', '.join(MULTIMODAL_WITH_LAYERS_THAT_DRAFT)}; use {DRAFTS_OF_TOKENS[0]}"
         )
     if stages > 1:
         yield (
             f"what drafts: --pipeline-parallel-size {stages} is not tested with one; use "
             f"{DRAFTS_OF_TOKENS[0]} or set it to 1"
-        )
-    if cache_dtype in FORMATS:
-        yield (
-            f"what drafts: --kv-cache-dtype {cache_dtype} is not tested with one; use "
-            f"{DRAFTS_OF_TOKENS[0]} or auto"
         )
 
 
@@ -285,10 +296,12 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     ranks, own = parallel.tensor_parallel_size, speculation.draft_tensor_parallel_size
     yield from draft_model_refusals(
         parallel.pipeline_parallel_size,
-        vllm_config.cache_config.cache_dtype,
-        vllm_config.model_config.supports_multimodal_inputs,
+        _multimodal_type(vllm_config.model_config),
     )
-    yield from draft_refusals(facts_of(speculation.draft_model_config), ranks)
+    draft = speculation.draft_model_config
+    # To vLLM a draft takes no images, whatever model it is.
+    facts = replace(facts_of(draft), multimodal=_multimodal_type(draft))
+    yield from draft_refusals(facts, ranks)
     if own not in (None, ranks):
         yield (
             f"what drafts: draft_tensor_parallel_size {own}: it runs on the model's {ranks} ranks, "
@@ -302,11 +315,11 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
             f"what drafts: the attention backend {speculation.attention_backend.name}: all "
             "attention layers must run duo, leave it out"
         )
-    if speculation.kv_cache_dtype not in (None, "auto"):
-        yield (
-            f"what drafts: the KV cache {speculation.kv_cache_dtype}: it has the model's own type, "
-            "leave it out"
-        )
+    cache_dtype = speculation.kv_cache_dtype
+    if cache_dtype is not None and (
+        reason := cache_dtype_refusal(cache_dtype, dtype_name(vllm_config.model_config))
+    ):
+        yield f"what drafts: {reason.replace('--kv-cache-dtype', 'kv_cache_dtype', 1)}"
 
 
 def _features(vllm_config: VllmConfig) -> Iterator[str]:
@@ -317,8 +330,7 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
         yield "encoder caches of other servers (--ec-transfer-config): not tested yet"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager"
-    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if reason := cache_dtype_refusal(cache.cache_dtype, model_dtype):
+    if reason := cache_dtype_refusal(cache.cache_dtype, dtype_name(vllm_config.model_config)):
         yield reason
     elif cache.cache_dtype in FORMATS:
         yield from _quantised_cache(cache)

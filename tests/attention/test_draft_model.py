@@ -54,7 +54,7 @@ def write_config(folder, layers, kv_heads):
 def server(tmp_path):
     """Makes a server's config: 2 layers with 2 KV heads, 3 layers with 4 KV heads draft for them."""
 
-    def server(mask, method):
+    def server(mask, method, cache="auto", own=None):
         model = write_config(tmp_path / "model", 2, 2)
         draft = write_config(tmp_path / "draft", 3, 4)
         HeadPattern(np.asarray(mask, dtype=float)).save(model / "duo_pattern")
@@ -64,12 +64,14 @@ def server(tmp_path):
             skip_tokenizer_init=True,
             dtype="float32",
             block_size=16,
+            kv_cache_dtype=cache,
             attention_backend="duo",
             additional_config={"duo": {"threshold": 0.5}},
             speculative_config={
                 "method": method,
                 "model": str(draft),
                 "num_speculative_tokens": 5,
+                "kv_cache_dtype": own,
             },
         ).create_engine_config()
 
@@ -108,6 +110,9 @@ def specs_of(config):
         # Of the server's model; its layers are numbered on from the model's.
         drafting = replace(config, attention_config=attention)
         tag, prefix, numbers = EAGLE_TAG, "model", range(2, 5)
+    if speculation.kv_cache_dtype is not None:
+        own = replace(config.cache_config, cache_dtype=speculation.kv_cache_dtype)
+        drafting = replace(drafting, cache_config=own)
     assert is_made_for_drafts(drafting)
     with set_model_tag(tag):
         layers = make_layers(drafting, numbers, 4, prefix)
@@ -142,6 +147,30 @@ def test_vllm_groups_both_models_as_planned(server, mask, method):
     assert layout.block_bytes >= 16 * 3 * 4 * 2 * HEAD_SIZE * 4
     assert found.num_blocks == layout.num_blocks(POOL_BYTES)
     assert {layer.layer_name for layer in layers} <= set(found.kv_cache_groups[0].layer_names)
+
+
+# Bytes of a token in one of its heads: 16 keys and 16 values, and two scales.
+@METHODS
+@pytest.mark.parametrize(
+    ("cache", "own", "head_bytes"),
+    [
+        ("fp8", None, 32),
+        ("int4_per_token_head", None, 24),
+        ("int4_per_token_head", "auto", 128),
+        ("auto", "int8_per_token_head", 40),
+    ],
+)
+@pytest.mark.parametrize("streaming", ["same", "model"])
+def test_quantised_caches_are_grouped_as_planned(server, method, cache, own, head_bytes, streaming):
+    config = server([[0, 1], [0, 0]], method, cache, own)
+    config.additional_config["duo"]["streaming_cache_dtype"] = streaming
+    specs, layers = specs_of(config)
+    drafting = [specs[layer.layer_name] for layer in layers]
+    assert {spec.page_size_bytes for spec in drafting} == {16 * 4 * head_bytes}
+    (found,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [POOL_BYTES])
+    layout = check_and_report(config, found)
+    assert layout.shape.draft_token_bytes == 3 * 4 * head_bytes
+    assert found.num_blocks == layout.num_blocks(POOL_BYTES)
 
 
 @METHODS

@@ -68,6 +68,9 @@ def test_a_draft_model_is_planned_with(run, model):
     assert drafting.settings.draft_model == model
     # Half of the heads retrieve, and all of as many again.
     assert drafting.bytes_per_token == 3 * plain.bytes_per_token
+    own = Plan.model_validate_json(run(*arguments, *drafts, "--draft-kv-cache-dtype", "fp8")[1])
+    assert own.settings.draft_kv_cache_dtype == "fp8"
+    assert own.bytes_per_token == 2 * plain.bytes_per_token
 
 
 def test_balance_is_a_setting_of_the_server(run, model):
@@ -129,6 +132,10 @@ def test_plot(run, model, tmp_path, suffix):
             "--num-speculative-tokens: expected 0 or more, got -1",
         ),
         (["--draft-model", "x"], "--draft-model: expected --num-speculative-tokens of 1 or more"),
+        (
+            ["--draft-kv-cache-dtype", "fp8"],
+            "--draft-kv-cache-dtype: expected --draft-model with it",
+        ),
         (["--tp", "3"], "8 KV heads cannot be split over 3 ranks"),
         (["--tp", "0"], "--tp: expected more than 0, got 0"),
         (["--pp", "0"], "--pp: expected more than 0, got 0"),

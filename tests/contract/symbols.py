@@ -74,7 +74,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
     "drafts.py": [
         (
             "vllm.config:SpeculativeConfig",
-            members("method", "num_speculative_tokens", "draft_model_config"),
+            members("method", "num_speculative_tokens", "draft_model_config", "kv_cache_dtype"),
         ),
         (
             f"{DRAFTERS}.draft_model:DraftModelProposer._get_model",
@@ -83,6 +83,10 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (
             f"{DRAFTERS}.llm_base_proposer:SpecDecodeBaseProposer._get_model",
             names('set_model_tag("eagle_head")'),
+        ),
+        (
+            f"{DRAFTERS}.llm_base_proposer:SpecDecodeBaseProposer._create_draft_vllm_config",
+            names("cache_dtype=spec_cfg.kv_cache_dtype"),
         ),
         ("vllm.compilation.backends:model_tag", is_("backbone")),
         # Both are made once the model's layers are there, and share the context that these are in.
@@ -118,7 +122,9 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ),
         (
             "vllm.config:ModelConfig",
-            members("supports_multimodal_inputs", "using_transformers_backend"),
+            members(
+                "is_multimodal_model", "supports_multimodal_inputs", "using_transformers_backend"
+            ),
         ),
         ("vllm.config:ModelConfig.get_sliding_window", None),
         ("vllm.config:ModelConfig.get_head_size", None),

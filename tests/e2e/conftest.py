@@ -18,6 +18,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import pytest
 
 from tests.models.random_models import make_model
+from tests.models.vision_models import make_vision_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,8 +57,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def vision_model(tmp_path_factory):
     """Makes each multimodal checkpoint once."""
-    from tests.models.vision_models import make_vision_model
-
     folder, made = tmp_path_factory.mktemp("vision_models"), {}
 
     def get(family):

@@ -32,9 +32,9 @@ FLAGS = ["--dtype", "float32", "--max-model-len", "4096", "--served-model-name",
 _tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
 
 
-def serve(log, *arguments, **kwargs):
-    """A server of the needle model on this machine; eager, for a quick start."""
-    flags = [*FLAGS, "--enforce-eager", *arguments]
+def serve(log, *arguments, eager=True, **kwargs):
+    """A server of the needle model on this machine; by default eager, for a quick start."""
+    flags = [*FLAGS, *(["--enforce-eager"] if eager else []), *arguments]
     return ServerProcess(MODEL, flags, log=log, env=SERVER_ENV, **kwargs)
 
 

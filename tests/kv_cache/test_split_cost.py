@@ -22,7 +22,7 @@ class TestCost:
 
     def test_a_draft_models_heads_are_split_as_well(self):
         """Two layers of two heads that draft: two heads a rank, and all four on a single one."""
-        drafts = Drafts(size=7, num_layers=2, num_kv_heads=2, head_bytes=128)
+        drafts = Drafts(size=7, num_layers=2, num_kv_heads=2, head_size=32, dtype_bytes=2)
         layout = split(EXCHANGED, drafts=7, draft_bytes=2 * 128)
         assert replan(layout, EXCHANGED, 2, drafts=drafts) == layout
         whole = split(EXCHANGED, 1, drafts=7, draft_bytes=4 * 128)

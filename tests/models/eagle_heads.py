@@ -22,7 +22,7 @@ def make_head(model: Path, method: str, folder: Path) -> Path:
     sees a request's first token, and this one adds the model's hidden states to the embeddings.
 
     Args:
-        model: folder of a Llama, for "eagle3" one with a head of its own (``random_models``).
+        model: folder of a Llama.
         method: "eagle" or "eagle3", vLLM's names.
         folder: to write into.
 
@@ -45,11 +45,15 @@ def make_head(model: Path, method: str, folder: Path) -> Path:
             own[f"layers.0.self_attn.{projection}_proj.weight"] *= norm
         own["fc.weight"] = torch.cat([torch.eye(hidden), HINT * torch.eye(hidden)], dim=1)
     else:
+        # What vLLM would take by itself are three different ones of some numbers of layers only.
+        config.eagle_aux_hidden_state_layer_ids = [0, 1, 2]
+        copy_kv_heads(config, own)
         own |= embedding_layer(config)
         own["fc.weight"] = torch.cat([torch.eye(hidden)] * 3, dim=1)
         own["layers.0.hidden_norm.weight"] = torch.full((hidden,), HINT)
         own["norm.weight"] = weights["model.norm.weight"]
-        own["lm_head.weight"] = weights["lm_head.weight"]
+        # Of a model with tied embeddings these are its output embeddings, too.
+        own["lm_head.weight"] = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
     config.num_hidden_layers += first
     config.norm_before_residual = True
     target = folder / f"{model.name}-{method}"
@@ -59,6 +63,22 @@ def make_head(model: Path, method: str, folder: Path) -> Path:
         target / "model.safetensors",
     )
     return target
+
+
+def copy_kv_heads(config, layers: dict[str, torch.Tensor]) -> None:
+    """Give an EAGLE-3 head a KV head for each part of the embedding, by copies of its own.
+
+    Args:
+        config: of the head, changed in place.
+        layers: its weights by name, changed in place.
+    """
+    copies, rest = divmod(config.hidden_size, config.num_key_value_heads * config.head_dim)
+    assert rest == 0, "as many parts of the embedding as KV heads, or a multiple"
+    for name, weight in layers.items():
+        if "k_proj." in name or "v_proj." in name:
+            heads = weight.unflatten(0, (config.num_key_value_heads, config.head_dim))
+            layers[name] = heads.repeat_interleave(copies, dim=0).flatten(0, 1)
+    config.num_key_value_heads *= copies
 
 
 def embedding_layer(config) -> dict[str, torch.Tensor]:
@@ -86,4 +106,8 @@ def embedding_layer(config) -> dict[str, torch.Tensor]:
         "mlp.up_proj.weight": mlp,
         "mlp.down_proj.weight": mlp.T,
     }
+    if config.attention_bias:
+        for name in ("q", "k", "v", "o"):
+            width = layer[f"self_attn.{name}_proj.weight"].shape[0]
+            layer[f"self_attn.{name}_proj.bias"] = torch.zeros(width)
     return {f"layers.0.{name}": weight for name, weight in layer.items()}

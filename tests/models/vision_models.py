@@ -174,18 +174,20 @@ FAMILIES = {
 }
 
 
+TEXT = {
+    **{"hidden_size": HIDDEN, "intermediate_size": 192, "num_hidden_layers": LAYERS},
+    **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS},
+    **{"vocab_size": VOCABULARY, "max_position_embeddings": 4096},
+    **{"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False},
+}
+"""Of every decoder."""
+
+
 def make_vision_model(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a float32 checkpoint of a family, with all that reads prompts; returns its folder."""
     family = FAMILIES[name]
     torch.manual_seed(seed)
-    config = family.config(
-        {
-            **{"hidden_size": HIDDEN, "intermediate_size": 192, "num_hidden_layers": LAYERS},
-            **{"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS},
-            **{"vocab_size": VOCABULARY, "max_position_embeddings": 4096},
-            **{"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False},
-        }
-    )
+    config = family.config(TEXT)
     model = getattr(transformers, f"{family.name}ForConditionalGeneration")(config).float()
     shape = SimpleNamespace(
         family=name, group=HEADS // KV_HEADS, head_size=HEAD_SIZE, kv_heads=KV_HEADS
@@ -208,6 +210,26 @@ def make_vision_model(name: str, folder: Path, seed: int = 0) -> Path:
     renamed = {family.rename(weight): value for weight, value in weights.items()}
     save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
     _save_processor(name, family, target)
+    return target
+
+
+def make_decoder(model: Path, folder: Path) -> Path:
+    """Write the decoder of a multimodal checkpoint as a Llama; returns its folder."""
+    weights = {
+        name.removeprefix("language_model."): weight
+        for name, weight in load_file(model / "model.safetensors").items()
+        if name.startswith(("language_model.", "model.", "lm_head."))
+    }
+    biases = any(name.endswith("q_proj.bias") for name in weights)
+    if biases:
+        # Qwen2 has none behind the attention, a Llama all or none.
+        for layer in range(LAYERS):
+            weights[f"model.layers.{layer}.self_attn.o_proj.bias"] = torch.zeros(HIDDEN)
+    config = transformers.LlamaConfig(head_dim=HEAD_SIZE, attention_bias=biases, **TEXT)
+    config.architectures = ["LlamaForCausalLM"]
+    target = folder / f"{model.name}-decoder"
+    config.save_pretrained(target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 

@@ -134,9 +134,24 @@ class TestPlan:
             "num_speculative_tokens": 2,
             "draft_model": write_model(tmp_path / "draft", 1, 4, 4, 512),
         }
-        with pytest.raises(NotImplementedError, match="drafts: not tested with multimodal input"):
-            plan_memory(PlanRequest(**request))
-        assert plan_memory(PlanRequest(**request, language_model_only=True)).num_blocks
+        for alone in (False, True):
+            with pytest.raises(
+                NotImplementedError, match="a multimodal model of the type qwen2_vl"
+            ):
+                plan_memory(PlanRequest(**request, language_model_only=alone))
+
+    def test_layers_that_draft_are_planned_as_by_the_server(self, model, tmp_path):
+        """A layer of 4 heads of 128 beside half of 28 of them."""
+        plan = plan_memory(
+            PlanRequest(
+                model=model(QWEN_2_5_VL_7B),
+                duo={"pattern": checkered(tmp_path / "pattern", 28, 4)},
+                kv_cache_bytes=16 * GIB,
+                num_speculative_tokens=2,
+                draft_model=write_model(tmp_path / "draft", 1, 4, 4, 512),
+            )
+        )
+        assert plan.bytes_per_token == (28 * 2 + 4) * 2 * 128 * 2
 
     def test_text_alone_is_planned_where_images_are_refused(self, model, tmp_path):
         pattern = checkered(tmp_path / "pattern", 2, 2)

@@ -51,6 +51,37 @@ class TestDrafts:
         assert (plan.block_bytes, plan.num_blocks) == (17 * 2**19, 4818)
         assert plan.concurrent_requests == 4817 / 259
 
+    @pytest.mark.parametrize(
+        ("own", "draft_bytes"), [(None, 136), ("int4_per_token_head", 72), ("auto", 256)]
+    )
+    def test_a_draft_models_tokens_are_quantised(self, tmp_path, own, draft_bytes):
+        """By default as the server's: 264 bytes in a head of 128, 136 in the draft model's of 64."""
+        plan = self.plan(
+            tmp_path,
+            num_speculative_tokens=4,
+            draft_model=write_model(tmp_path / "draft", 16, 32, 8, 2048),
+            kv_cache_dtype="int8_per_token_head",
+            draft_kv_cache_dtype=own,
+        )
+        assert plan.bytes_per_token == 128 * 264 + 128 * draft_bytes
+        assert plan.full.bytes_per_token == 256 * 264 + 128 * draft_bytes
+        assert plan.settings.draft_kv_cache_dtype == own
+        # 20 MiB a block of stock's with both models in bf16, as without a quantised cache.
+        unquantised = plan.concurrent_requests / plan.times_unquantised_full_attention
+        assert unquantised == pytest.approx(2047 / 256)
+
+    def test_a_draft_models_cache_that_the_server_refuses(self, tmp_path):
+        plan = self.plan(
+            tmp_path,
+            num_speculative_tokens=4,
+            draft_model=write_model(tmp_path / "draft", 16, 32, 8, 2048),
+            draft_kv_cache_dtype="float16",
+        )
+        assert plan.notes == [
+            "this release's server refuses --draft-kv-cache-dtype float16 for a model in bfloat16: "
+            "use auto"
+        ]
+
     def test_a_draft_model_that_the_server_refuses(self, tmp_path):
         draft = write_model(
             tmp_path / "draft", 16, 32, 8, 2048, model_type="mistral", sliding_window=64

@@ -64,8 +64,33 @@ def test_layers_that_draft_run_duo_too(serve, tmp_path, method):
     config = serve(speculative_config=drafts)
     assert config.speculative_config.attention_backend is AttentionBackendEnum.CUSTOM
     drafts = Drafts.of(config)
-    assert drafts == Drafts(size=3, num_layers=2, num_kv_heads=2, head_bytes=2 * 16 * 4)
+    assert drafts == Drafts(size=3, num_layers=2, num_kv_heads=2, head_size=16, dtype_bytes=4)
     assert [drafts.token_bytes(ranks) for ranks in (1, 2, 4)] == [2 * 2 * 128, 2 * 128, 2 * 128]
+
+
+def test_medusa_heads_keep_nothing(serve, tmp_path):
+    heads = config_json("MedusaModel", "medusa", num_heads=2, num_hidden_layers=1)
+    drafts = draft_model(tmp_path / "draft", heads, method="medusa")
+    assert Drafts.of(serve(speculative_config=drafts)) == Drafts(size=2)
+
+
+# A byte for each of 16 keys and values, and two scales; half of it.
+@pytest.mark.parametrize(
+    ("cache", "own", "head_bytes"),
+    [
+        ("int8_per_token_head", None, 40),
+        ("int8_per_token_head", "int8_per_token_head", 40),
+        ("int8_per_token_head", "int4_per_token_head", 24),
+        ("int8_per_token_head", "auto", 128),
+        ("auto", "fp8", 32),
+    ],
+)
+def test_layers_that_draft_keep_their_own_numbers(serve, tmp_path, cache, own, head_bytes):
+    """As in stock vLLM: those of ``--kv-cache-dtype``, if they are not given others."""
+    drafts = draft_model(tmp_path / "draft", kv_cache_dtype=own)
+    found = Drafts.of(serve(kv_cache_dtype=cache, speculative_config=drafts))
+    assert found.head_bytes == head_bytes
+    assert found.unquantised.head_bytes == 128
 
 
 def test_drafts_lengthen_the_ring(serve, messages):

@@ -56,6 +56,9 @@ def plan(
     draft_model: Annotated[
         str | None, typer.Option(help="The draft model or EAGLE head, if one drafts: folder or id.")
     ] = None,
+    draft_kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="Its own KV cache, as in --speculative-config.")
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Request lengths to list: 4096,32768; default: doubles.")
     ] = None,
@@ -100,6 +103,7 @@ def plan(
         block_size=block_size,
         num_speculative_tokens=num_speculative_tokens,
         draft_model=draft_model,
+        draft_kv_cache_dtype=draft_kv_cache_dtype,
         lengths=_lengths(lengths),
         language_model_only=language_model_only,
     )

@@ -51,6 +51,7 @@ class PlanRequest:
         block_size: tokens of a retrieval block.
         num_speculative_tokens: drafts of a step, of vLLM's ``--speculative-config``; 0 without.
         draft_model: folder or Hugging Face id of the model that drafts, if one does.
+        draft_kv_cache_dtype: ``kv_cache_dtype`` of vLLM's ``--speculative-config``; None: the server's.
         lengths: requests to list, in tokens; none: doubles up to ``max_model_len``.
         language_model_only: vLLM's flag: a multimodal model serves its text alone.
     """
@@ -66,6 +67,7 @@ class PlanRequest:
     block_size: int = DEFAULT_BLOCK_SIZE
     num_speculative_tokens: int = 0
     draft_model: str | None = None
+    draft_kv_cache_dtype: str | None = None
     lengths: Sequence[int] = ()
     language_model_only: bool = False
 
@@ -95,7 +97,7 @@ def plan_memory(request: PlanRequest) -> Plan:
         in_force(facts.windows or (), longest),
     )
     dtype = _dtype(request, checkpoint)
-    drafts = _drafts(request, dtype, facts.multimodal is not None)
+    drafts = _drafts(request, dtype, checkpoint.facts.multimodal)
     layout = server.layout(
         head_size=facts.head_size,
         block_size=request.block_size,
@@ -109,7 +111,7 @@ def plan_memory(request: PlanRequest) -> Plan:
     lengths = sorted({*(request.lengths or _doubles(longest)), longest})
     duo = _memory(layout, request.kv_cache_bytes, longest, lengths)
     full = _memory(layout.full_attention, request.kv_cache_bytes, longest, lengths)
-    plain = _unquantised(layout).full_attention
+    plain = _unquantised(layout, drafts, request.tensor_parallel_size).full_attention
     unquantised = Capacity.of_bytes(plain, request.kv_cache_bytes).concurrent_requests(longest)
     cost, balanced = server.split_costs(layout, longest, drafts)
     return Plan(
@@ -159,9 +161,14 @@ def _check(request: PlanRequest) -> None:
         raise ValueError(
             "--draft-model: expected --num-speculative-tokens of 1 or more with it, got 0: give both"
         )
+    if request.draft_kv_cache_dtype is not None and request.draft_model is None:
+        raise ValueError(
+            "--draft-kv-cache-dtype: expected --draft-model with it, got none: give both"
+        )
     for name, value, allowed in (
         ("--dtype", request.dtype, DTYPES),
         ("--kv-cache-dtype", request.kv_cache_dtype, CACHE_DTYPES),
+        ("--draft-kv-cache-dtype", request.draft_kv_cache_dtype or "auto", CACHE_DTYPES),
     ):
         if value != "auto" and value not in allowed:
             raise ValueError(
@@ -169,25 +176,29 @@ def _check(request: PlanRequest) -> None:
             )
 
 
-def _unquantised(layout: Layout) -> Layout:
-    """The same heads and blocks with a cache of the model's own dtype."""
-    ranks = (replace(rank, row_bytes=None) for rank in layout.ranks)
-    return replace(layout, ranks=tuple(ranks))
+def _unquantised(layout: Layout, drafts: Drafts, ranks: int) -> Layout:
+    """The same heads and blocks with caches of the model's own dtype."""
+    token_bytes = drafts.unquantised.token_bytes(ranks)
+    shapes = (replace(rank, row_bytes=None, draft_token_bytes=token_bytes) for rank in layout.ranks)
+    return replace(layout, ranks=tuple(shapes))
 
 
-def _drafts(request: PlanRequest, dtype: str, multimodal: bool) -> Drafts:
+def _drafts(request: PlanRequest, dtype: str, multimodal: str | None) -> Drafts:
     """What speculative decoding adds; a draft model has the numbers of the model that it drafts for."""
     if request.draft_model is None:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
     reasons = draft_refusals(facts, request.tensor_parallel_size)
-    stages, cache = request.pipeline_parallel_size, request.kv_cache_dtype
-    refuse([*reasons, *draft_model_refusals(stages, cache, multimodal)])
+    refuse([*reasons, *draft_model_refusals(request.pipeline_parallel_size, multimodal)])
     return Drafts(
         size=request.num_speculative_tokens,
         num_layers=facts.num_layers,
         num_kv_heads=facts.num_kv_heads,
-        head_bytes=2 * facts.head_size * DTYPE_BYTES[dtype],
+        head_size=facts.head_size,
+        dtype_bytes=DTYPE_BYTES[dtype],
+        row_bytes=row_bytes(
+            request.draft_kv_cache_dtype or request.kv_cache_dtype, facts.head_size
+        ),
     )
 
 
@@ -286,6 +297,7 @@ def _settings(
         block_size=request.block_size,
         num_speculative_tokens=request.num_speculative_tokens,
         draft_model=request.draft_model,
+        draft_kv_cache_dtype=request.draft_kv_cache_dtype,
         max_model_len=longest,
         tensor_parallel_size=request.tensor_parallel_size,
         pipeline_parallel_size=request.pipeline_parallel_size,
@@ -302,8 +314,13 @@ def _ratio(duo: float, full: float) -> float | None:
 def _notes(
     request: PlanRequest, checkpoint: Checkpoint, dtype: str, duo: MemoryPlan, longest: int
 ) -> Iterator[str]:
-    if reason := cache_dtype_refusal(request.kv_cache_dtype, dtype):
-        yield f"this release's server refuses {reason}"
+    for flag, cache in (
+        ("--kv-cache-dtype", request.kv_cache_dtype),
+        ("--draft-kv-cache-dtype", request.draft_kv_cache_dtype or "auto"),
+    ):
+        if reason := cache_dtype_refusal(cache, dtype):
+            refused = reason.replace("--kv-cache-dtype", flag, 1)
+            yield f"this release's server refuses {refused}"
     if not checkpoint.is_known:
         yield (
             f"model type {checkpoint.model_type!r}: config.json was read by the usual names of its "

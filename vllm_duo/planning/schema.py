@@ -79,6 +79,9 @@ class PlanSettings(_Frozen):
     draft_model: str | None = Field(
         default=None, description="folder or Hugging Face id of the model that drafts"
     )
+    draft_kv_cache_dtype: str | None = Field(
+        default=None, description="its own kv_cache_dtype, as given; null: the server's"
+    )
     max_model_len: int = Field(description="tokens")
     tensor_parallel_size: int
     pipeline_parallel_size: int = 1

@@ -32,6 +32,8 @@ def _heading(plan: Plan) -> str:
     drafts = f" and {found.num_speculative_tokens} slots for drafts"
     if found.draft_model is not None:
         drafts += f" of {found.draft_model}"
+    if found.draft_kv_cache_dtype is not None:
+        drafts += f" (KV cache {found.draft_kv_cache_dtype})"
     keeps_own = found.streaming_cache_dtype == "model" and found.kv_cache_dtype in FORMATS
     apart = f", streaming heads {found.dtype}" * keeps_own
     number = found.tensor_parallel_size * found.pipeline_parallel_size
