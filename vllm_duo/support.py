@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.checkpoint_cache import checkpoint_cache, find_quantisation
 from vllm_duo.config import SECTION
 from vllm_duo.drafts import DRAFTS_OF_LAYERS, DRAFTS_OF_TOKENS
 from vllm_duo.kv_cache.formats import FORMATS
@@ -105,13 +106,16 @@ def _settings(additional_config: Any) -> Mapping[str, Any]:
 
 def facts_of(model: ModelConfig) -> ModelFacts:
     """What vLLM knows of the model."""
-    text = model.hf_text_config
+    text, outer = model.hf_text_config, model.hf_config
+    keys = ("quantization_config", "compression_config")
+    quantisation = find_quantisation(
+        *({key: getattr(part, key, None) for key in keys} for part in (outer, text))
+    )
 
     def setting(name: str) -> Any:
         return getattr(text, name, None)
 
     num_layers = model.get_total_num_hidden_layers()
-    scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     return ModelFacts(
         name=model.model,
         num_layers=num_layers,
@@ -129,7 +133,7 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         uses_alibi=bool(model.uses_alibi),
         is_not_causal=model.rswa_window is not None or model.is_diffusion,
         has_noops=model.has_noops,
-        kv_cache_scheme=scheme,
+        own_cache=checkpoint_cache(quantisation),
         shares_caches=bool(setting("num_kv_shared_layers")),
     )
 
@@ -229,8 +233,6 @@ def _quantised_cache(cache: CacheConfig) -> Iterator[str]:
             f"--kv-cache-dtype {cache.cache_dtype}: this release's GPU kernels do not read quantised "
             "caches, use auto"
         )
-    if cache.kv_cache_dtype_skip_layers:
-        yield "--kv-cache-dtype-skip-layers: all layers' caches are of one type"
 
 
 def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
