@@ -8,15 +8,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
+from tests.models.quantised import CACHE_SCHEME as SCHEME
 from vllm_duo.checkpoint_cache import CheckpointCache, checkpoint_cache, find_quantisation
-
-SCHEME = {
-    "type": "float",
-    "num_bits": 8,
-    "strategy": "tensor",
-    "symmetric": True,
-    "dynamic": False,
-}
 
 
 def compressed(scheme) -> dict:
