@@ -32,9 +32,15 @@ def test_no_cache_of_its_own(quantisation):
     ("change", "problem"),
     [
         ({"strategy": "attn_head"}, "each head's own (strategy attn_head)"),
-        ({"strategy": "channel"}, "expected one scale a layer (strategy tensor), got strategy channel"),
+        (
+            {"strategy": "channel"},
+            "expected one scale a layer (strategy tensor), got strategy channel",
+        ),
         ({"strategy": None}, "got strategy None"),
-        ({"type": "int"}, "expected 8-bit floats (type float, num_bits 8), got type int, num_bits 8"),
+        (
+            {"type": "int"},
+            "expected 8-bit floats (type float, num_bits 8), got type int, num_bits 8",
+        ),
         ({"num_bits": 4}, "got type float, num_bits 4"),
         ({"symmetric": False}, "zero points"),
         ({"dynamic": True}, "found while it runs (dynamic)"),

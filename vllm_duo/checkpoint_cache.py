@@ -29,6 +29,10 @@ class CheckpointCache:
     problem: str | None = None
 
 
+NO_CACHE = CheckpointCache()
+"""Of a checkpoint that says nothing."""
+
+
 def find_quantisation(
     outer: Mapping[str, Any], text: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
@@ -58,16 +62,14 @@ def checkpoint_cache(quantisation: Mapping[str, Any]) -> CheckpointCache:
     scheme = quantisation.get("kv_cache_scheme")
     if method == COMPRESSED_TENSORS:
         if scheme is None:
-            return CheckpointCache()
+            return NO_CACHE
         return CheckpointCache(dtype="fp8", problem=_problem(scheme))
     inner = quantisation.get("quantization", quantisation)
     inner = inner if isinstance(inner, Mapping) else {}
     producer = quantisation.get("producer")
     made_by = producer.get("name") if isinstance(producer, Mapping) else None
-    if not (
-        method.startswith(MODELOPT) or made_by == MODELOPT or "modelopt_quant_config" in inner
-    ):
-        return CheckpointCache()
+    if not (method.startswith(MODELOPT) or made_by == MODELOPT or "modelopt_quant_config" in inner):
+        return NO_CACHE
     found = (
         inner.get("kv_cache_scheme")
         or scheme
@@ -87,8 +89,8 @@ def _problem(scheme: object) -> str | None:
         return f"expected 8-bit floats (type float, num_bits 8), got type {kind[0]}, num_bits {kind[1]}"
     if strategy == "attn_head":
         return (
-            "its scales are each head's own (strategy attn_head), and duo has one of a layer's keys and "
-            "one of its values (strategy tensor)"
+            "its scales are each head's own (strategy attn_head), and duo has one of a layer's keys "
+            "and one of its values (strategy tensor)"
         )
     if strategy != "tensor":
         return f"expected one scale a layer (strategy tensor), got strategy {strategy}"
@@ -103,7 +105,7 @@ def _problem(scheme: object) -> str | None:
 
 
 def _modelopt_dtype(found: object) -> str:
-    """vLLM's cache dtype of ModelOpt's words; what it does not know it leaves to the model."""
+    """The cache dtype of ModelOpt's words; what it does not know it leaves to the model."""
     if isinstance(found, Mapping):
         bits, is_float = found.get("num_bits"), found.get("type") == "float"
         if is_float and bits == 8 and found.get("dynamic") is False:

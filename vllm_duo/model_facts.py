@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from vllm_duo.checkpoint_cache import CheckpointCache
+from vllm_duo.checkpoint_cache import NO_CACHE, CheckpointCache
 from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.windows import UNKNOWN, Windows, describe
 
@@ -65,7 +65,7 @@ class ModelFacts:
     uses_alibi: bool = False
     is_not_causal: bool = False
     has_noops: bool = False
-    own_cache: CheckpointCache = CheckpointCache()
+    own_cache: CheckpointCache = NO_CACHE
     shares_caches: bool = False
 
 

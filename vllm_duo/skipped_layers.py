@@ -37,7 +37,7 @@ def skipped_layers(names: Sequence[str], num_layers: int, windows: Windows) -> f
             found.add(int(name))
         else:
             raise ValueError(
-                f"{FLAG}: expected layers from 0 to {num_layers - 1} or {SLIDING_LAYERS}, got {name!r}: "
-                "correct it"
+                f"{FLAG}: expected layers from 0 to {num_layers - 1} or {SLIDING_LAYERS}, got "
+                f"{name!r}: correct it"
             )
     return frozenset(found)

@@ -55,7 +55,9 @@ class TestScales:
         assert (layer._k_scale_float, layer._v_scale_float) == (1, 1)
 
     def test_of_queries_are_refused(self, method):
-        with pytest.raises(NotImplementedError, match=r"a scale of its queries \(0.5\), which duo's"):
+        with pytest.raises(
+            NotImplementedError, match=r"a scale of its queries \(0.5\), which duo's"
+        ):
             check_scales("layer", loaded(method, k=0.37, v=1.5, q=0.5))
 
     @pytest.mark.parametrize("dtype", ["auto", "int8_per_token_head"])

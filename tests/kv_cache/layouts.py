@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from hypothesis import strategies as st
 
 from vllm_duo.kv_cache.formats import FORMATS, row_bytes
@@ -59,7 +61,7 @@ def shape_of(
     streaming: list[int],
     drafts: int = 0,
     row_bytes: int | None = None,
-    skipped: tuple[int, ...] = (),
+    skipped: Iterable[int] = (),
 ) -> KVShape:
     """Heads of 128 bytes a token; with ``row_bytes`` the retrieval heads have these instead, but for
     those of layers that are skipped."""

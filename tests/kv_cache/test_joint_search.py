@@ -72,9 +72,7 @@ class TestWindows:
         )
         assert layout.needed_bytes(num_tokens) == needed <= layout.held_bytes(num_tokens)
         assert 0 <= layout.waste(num_tokens) < 1
-        constant = sum(
-            ring * (sizes if window is None else window) for (_, ring), window in layers
-        )
+        constant = sum(ring * (sizes if window is None else window) for (_, ring), window in layers)
         assert layout.constant_bytes(shape) == constant
         longest = layout.max_request_tokens(layout.blocks(num_tokens) + 1)
         assert longest >= num_tokens

@@ -339,9 +339,7 @@ class TestLayersOfOneClass:
             shape,
             retrieval_heads=with_empty_layer(shape.retrieval_heads),
             streaming_heads=with_empty_layer(shape.streaming_heads),
-            skipped_layers=frozenset(
-                layer + (layer >= place) for layer in shape.skipped_layers
-            ),
+            skipped_layers=frozenset(layer + (layer >= place) for layer in shape.skipped_layers),
         )
         assert held_bytes(longer) == held_bytes(shape)
 

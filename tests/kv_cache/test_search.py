@@ -17,23 +17,31 @@ from vllm_duo.kv_cache.search import HELD_TOLERANCE
 few_layers = st.lists(
     st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(any), min_size=1, max_size=4
 ).filter(lambda heads: any(r for r, _ in heads) and any(s for _, s in heads))
+
+
+def _small_plan(heads, drafts, row, streaming_quantised, skipped, **sizes):
+    shape = shape_of(
+        [retrieval for retrieval, _ in heads],
+        [streaming for _, streaming in heads],
+        drafts,
+        row,
+        [layer for layer in skipped if layer < len(heads)],
+    )
+    return plan_layout(replace(shape, streaming_quantised=streaming_quantised), **sizes)
+
+
 small_plans = st.builds(
-    lambda heads, drafts, row, skipped, block_size, sink_size, recent_size, reference_tokens: plan_layout(
-        shape_of([r for r, _ in heads], [s for _, s in heads], drafts, row, skipped),
-        block_size=block_size,
-        sink_size=sink_size,
-        recent_size=recent_size,
-        reference_tokens=reference_tokens,
-    ),
+    _small_plan,
     few_layers,
     st.sampled_from([0, 0, 96, 1536]),
-    # Of a retrieval head's token; a streaming head's has 128 bytes.
+    # Of a quantised head's token; another's has 128 bytes.
     st.sampled_from([None, None, 24, 40]),
+    st.booleans(),
     st.sampled_from([(), (), (0,), (0, 2)]),
-    st.sampled_from([1, 3, 8, 16]),
-    st.integers(0, 9),
-    st.integers(1, 20),
-    st.sampled_from([5, 64, 32_768]),
+    block_size=st.sampled_from([1, 3, 8, 16]),
+    sink_size=st.integers(0, 9),
+    recent_size=st.integers(1, 20),
+    reference_tokens=st.sampled_from([5, 64, 32_768]),
 )
 
 

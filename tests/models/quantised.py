@@ -52,7 +52,7 @@ CACHE_SCHEME = {
     "symmetric": True,
     "dynamic": False,
 }
-"""compressed-tensors' words for a KV cache in fp8 with one scale of each layer's keys and of its values."""
+"""compressed-tensors' words for a KV cache in fp8 with a scale of each layer's keys and its values."""
 
 STEPS = 63
 """Greatest weight in int8. On CPUs without VNNI oneDNN adds pairs of products in 16 bits: up to 63 they

@@ -255,7 +255,9 @@ def test_layers_that_are_skipped(tmp_path):
     # Full attention leaves out the same layers.
     assert plan.full.bytes_per_token == 2 * token
     assert plan.settings.skipped_layers == [0, 31]
-    with pytest.raises(ValueError, match="expected layers from 0 to 31 or sliding_window, got '32'"):
+    with pytest.raises(
+        ValueError, match="expected layers from 0 to 31 or sliding_window, got '32'"
+    ):
         plan_memory(PlanRequest(**settings, skip_layers=("32",)))
 
 
@@ -305,7 +307,9 @@ class TestCacheOfTheCheckpoint:
 
     def test_drafts_of_a_model_are_refused_with_it(self, plan, tmp_path):
         drafts = {"draft_model": write_model(tmp_path / "draft", 2, 4, 2, 512)}
-        with pytest.raises(NotImplementedError, match="--kv-cache-dtype fp8 is not tested with one"):
+        with pytest.raises(
+            NotImplementedError, match="--kv-cache-dtype fp8 is not tested with one"
+        ):
             plan(cache_scheme()["quantization_config"], num_speculative_tokens=2, **drafts)
 
 

@@ -26,6 +26,7 @@ from tests.server.configs import (
     config_json,
 )
 
+OTHER_SCALES = "quantised KV cache, other scales of the checkpoint"
 HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
 REFUSED_MODELS = {
     "soft-capped logits": (GEMMA_2, "soft-capped attention logits"),
@@ -75,13 +76,12 @@ REFUSED_MODELS = {
     ),
     "other head sizes": (LLAMA | {"head_dim": 24}, f"the head size 24: {HEAD_SIZES}"),
 }
-SCALES = "quantised KV cache, other scales of the checkpoint"
 # What docs/compatibility.md calls these models, where it is not by the key above.
 ROWS = {
     "ALiBi by model": ("ALiBi",),
     "ALiBi by setting": ("ALiBi",),
-    "quantised KV cache, scales of each head": (SCALES,),
-    "quantised KV cache, scales found while it runs": (SCALES,),
+    "quantised KV cache, scales of each head": (OTHER_SCALES,),
+    "quantised KV cache, scales found while it runs": (OTHER_SCALES,),
 }
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}

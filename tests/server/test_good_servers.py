@@ -67,7 +67,8 @@ def test_stock_vllms_config_is_left_alone(serve):
 
 
 @pytest.mark.parametrize(
-    ("names", "layers"), [(["1"], {1}), (["sliding_window"], {0}), (["sliding_window", "1"], {0, 1})]
+    ("names", "layers"),
+    [(["1"], {1}), (["sliding_window"], {0}), (["sliding_window", "1"], {0, 1})],
 )
 def test_layers_that_are_skipped(serve, names, layers):
     config = serve(GEMMA_3, kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=names)

@@ -63,6 +63,6 @@ def check_scales(name: str, layer: Attention) -> None:
     for kind, scale in others.items():
         if scale != 1.0:
             raise NotImplementedError(
-                f"--attention-backend duo: layer {name} brings a scale of its {kind} ({scale:g}), which "
-                f"duo's kernels do not quantise: {OTHERWISE}"
+                f"--attention-backend duo: layer {name} brings a scale of its {kind} ({scale:g}), "
+                f"which duo's kernels do not quantise: {OTHERWISE}"
             )

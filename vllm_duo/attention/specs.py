@@ -26,17 +26,12 @@ if TYPE_CHECKING:
 class CachedLayer(Protocol):
     """What the specs need of vLLM's ``Attention``."""
 
-    @property
-    def head_size(self) -> int: ...
-
-    @property
-    def kv_cache_dtype(self) -> str: ...
-
-    @property
-    def kv_cache_torch_dtype(self) -> torch.dtype: ...
+    head_size: int
+    kv_cache_dtype: str
+    kv_cache_torch_dtype: torch.dtype
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class StandIn:
     """A layer whose cache has the server's format, as that of a layer that is skipped has not."""
 

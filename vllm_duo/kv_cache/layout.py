@@ -286,7 +286,8 @@ class Layout:
         819,200 bytes.
         """
         return sum(
-            (span.sink_size + span.recent_size) * token_bytes for span, token_bytes in self._runs(rank)
+            (span.sink_size + span.recent_size) * token_bytes
+            for span, token_bytes in self._runs(rank)
         )
 
     def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:

@@ -79,6 +79,6 @@ def rank_block_bytes(layout: Layout, rank: int) -> int:
             width = own.paged_token_bytes
         else:
             width = sum(map(own.ring_layer_bytes, group))
-        tokens = layout.block_size if is_paged else layout.spans[index - layout.has_retrieval].block_size
-        widest = max(widest, width * tokens)
+        span = None if is_paged else layout.spans[index - layout.has_retrieval]
+        widest = max(widest, width * (layout.block_size if span is None else span.block_size))
     return widest

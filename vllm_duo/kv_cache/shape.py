@@ -167,7 +167,9 @@ class KVShape:
         Worked example: R = 3, D = 128, bfloat16 and fp8: 768 bytes, in a layer that is skipped 1,536.
         """
         skipped = layer in self.skipped_layers
-        return self.retrieval_heads[layer] * (self._model_token_bytes if skipped else self.token_bytes)
+        return self.retrieval_heads[layer] * (
+            self._model_token_bytes if skipped else self.token_bytes
+        )
 
     def ring_layer_bytes(self, layer: int) -> int:
         """The same in its streaming heads."""
@@ -188,7 +190,7 @@ class KVShape:
 
     @property
     def streaming_units(self) -> tuple[int, ...]:
-        """Per layer its ``ring_layer_bytes`` in units; where no layer is skipped, its streaming heads."""
+        """Per layer its ``ring_layer_bytes`` in units: without skipped layers its streaming heads."""
         unit = self.streaming_unit
         return tuple(
             self.ring_layer_bytes(layer) // unit for layer in range(len(self.streaming_heads))
