@@ -70,9 +70,16 @@ def test_stock_vllms_config_is_left_alone(serve):
     ("names", "layers"),
     [(["1"], {1}), (["sliding_window"], {0}), (["sliding_window", "1"], {0, 1})],
 )
-def test_layers_that_are_skipped(serve, names, layers):
+def test_layers_that_are_skipped(serve, messages, names, layers):
     config = serve(GEMMA_3, kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=names)
     assert resolve_plan(config).skipped_layers == layers
+    (text,) = [text for _, text in messages if "skip-layers" in text]
+    assert text.startswith(f"duo: layers {', '.join(map(str, sorted(layers)))} keep float32 (")
+
+
+def test_without_a_quantised_cache_nothing_is_skipped(serve, messages):
+    serve(kv_cache_dtype_skip_layers=["1"])
+    assert not [text for _, text in messages if "skip-layers" in text]
 
 
 def test_windows_that_hide_nothing_are_skipped_all_the_same(serve):

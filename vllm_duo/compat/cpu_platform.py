@@ -92,12 +92,8 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         vllm_config.speculative_config.attention_backend = vllm_config.attention_config.backend
     _log_plan(plan, Drafts.of(vllm_config))
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype in FORMATS and not plan.streaming_quantised:
-        logger.info(
-            "duo: retrieval heads keep %s, streaming heads %s (streaming_cache_dtype model)",
-            cache_dtype,
-            str(vllm_config.model_config.dtype).removeprefix("torch."),
-        )
+    if cache_dtype in FORMATS:
+        _log_formats(plan, cache_dtype, str(vllm_config.model_config.dtype).removeprefix("torch."))
     for limit in known_limits(vllm_config):
         logger.warning("%s", limit)
 
@@ -119,6 +115,23 @@ def settle_cache_dtype(vllm_config: VllmConfig) -> None:
         logger.info(text, own.dtype)
     else:
         logger.info(text + ": not used with --kv-cache-dtype %s", own.dtype, cache.cache_dtype)
+
+
+def _log_formats(plan: ServerPlan, cache_dtype: str, model_dtype: str) -> None:
+    """Say what of a quantised cache keeps the model's numbers."""
+    if not plan.streaming_quantised:
+        logger.info(
+            "duo: retrieval heads keep %s, streaming heads %s (streaming_cache_dtype model)",
+            cache_dtype,
+            model_dtype,
+        )
+    if plan.skipped_layers:
+        logger.info(
+            "duo: layers %s keep %s (--kv-cache-dtype-skip-layers), the others %s",
+            ", ".join(map(str, sorted(plan.skipped_layers))),
+            model_dtype,
+            cache_dtype,
+        )
 
 
 def _log_plan(plan: ServerPlan, drafts: Drafts) -> None:
