@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from vllm.v1.kv_cache_interface import iter_layer_specs
 
 from tests.e2e.engine import engine, write_pattern
 from tests.e2e.half import errors, rms
@@ -18,7 +17,6 @@ from tests.e2e.test_quantised_cache import BLOCK, ERROR, MATTERS
 from tests.models.random_models import Shape
 from tests.oracle import Oracle
 from vllm_duo.kv_cache.formats import FORMATS
-from vllm_duo.kv_cache.spec import RetrievalSpec
 from vllm_duo.planning.plan import PlanRequest, plan_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.feature("quantised KV cache, some layers")]
@@ -73,7 +71,6 @@ def test_answers_and_bytes(serve, error_of, checkpoint, tmp_path, monkeypatch):
         again = running.generate(PROMPTS, ANSWER_TOKENS)
         config = running.core.scheduler.kv_cache_config
         stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
-        specs = [spec for g in config.kv_cache_groups for spec in iter_layer_specs(g.kv_cache_spec)]
     assert stepper.preempted
     error = error_of(answers, {1})
     assert error <= ERROR
@@ -83,7 +80,6 @@ def test_answers_and_bytes(serve, error_of, checkpoint, tmp_path, monkeypatch):
     # 16 tokens of two retrieval heads in each of three layers, one of them in float32.
     row = FORMATS[FORM].row_bytes(SHAPE.head_size)
     assert stored == {BLOCK * 2 * (2 * row + 2 * SHAPE.head_size * 4)}
-    assert {spec.dtype.itemsize for spec in specs if isinstance(spec, RetrievalSpec)} == {1, 4}
     duo = {"pattern": str(write_pattern(tmp_path, MASK)), "threshold": 0.5}
     plan = plan_memory(
         PlanRequest(

@@ -272,7 +272,7 @@ class TestCacheOfTheCheckpoint:
             if file is not None:
                 (tmp_path / "model" / "hf_quant_config.json").write_text(json.dumps(file))
             duo = {"pattern": checkered(tmp_path / "pattern", 32, 8)}
-            pool = {"kv_cache_bytes": GIB, "max_model_len": TOKENS}
+            pool = {"kv_cache_bytes": 4 * GIB, "max_model_len": TOKENS}
             return plan_memory(PlanRequest(model=model, duo=duo, **pool, **flags))
 
         return plan
