@@ -17,6 +17,9 @@ from tests.models.quantised import CACHE_SCHEME
 from vllm_duo.attention.layer_cache import check_format, check_scales
 
 
+OTHER_SCALES = pytest.mark.refused("quantised KV cache, other scales of the checkpoint")
+
+
 def loaded(method, dtype="fp8", **scales):
     """A layer after vLLM's own steps, with these scales in the checkpoint."""
     layer = torch.nn.Module()
@@ -54,6 +57,7 @@ class TestScales:
         check_scales("layer", layer)
         assert (layer._k_scale_float, layer._v_scale_float) == (1, 1)
 
+    @OTHER_SCALES
     def test_of_queries_are_refused(self, method):
         with pytest.raises(
             NotImplementedError, match=r"a scale of its queries \(0.5\), which duo's"
@@ -85,6 +89,7 @@ def test_scales_below_the_least(scale):
         check_scales("layer", loaded(compressed(), k=scale, v=1.5))
 
 
+@OTHER_SCALES
 def test_scales_of_each_head_are_refused():
     """The start check has them; a layer may still have been built with such."""
     scales = [0.5, 1.0, 1.5, 2.0]

@@ -114,7 +114,6 @@ def toward_zero(key, value, form, *scales):
 
 
 @pytest.mark.avx512
-@pytest.mark.feature("every head a retrieval head")
 def test_stock_vllm_means_the_same_scales(serve, error_of, monkeypatch):
     """It rounds toward zero, else both engines answer as one oracle does; stock needs AVX-512."""
     found = {}
