@@ -16,7 +16,6 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8KVCacheMet
 from tests.models.quantised import CACHE_SCHEME
 from vllm_duo.attention.layer_cache import check_format, check_scales
 
-
 OTHER_SCALES = pytest.mark.refused("quantised KV cache, other scales of the checkpoint")
 
 
