@@ -92,6 +92,7 @@ def test_answers_are_those_of_what_is_kept(serve, error_of, monkeypatch):
     assert stored == {sum(map(sum, MASKS["uneven"])) * BLOCK * FORM.row_bytes(SHAPE.head_size)}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("quantised KV cache, of the retrieval heads alone")
 def test_streaming_heads_in_the_models_dtype(serve, error_of):
     """The second time from snapshots."""
@@ -113,6 +114,7 @@ def toward_zero(key, value, form, *scales):
     return rows - torch.cat(beyond, -1).byte()
 
 
+@pytest.mark.slow
 @pytest.mark.avx512
 def test_stock_vllm_means_the_same_scales(serve, error_of, monkeypatch):
     """It rounds toward zero, else both engines answer as one oracle does; stock needs AVX-512."""

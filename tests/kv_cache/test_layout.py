@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kv_cache.layouts import lengths, plans, shape_of, token_bytes
@@ -212,6 +212,7 @@ class TestLayersThatAreSkipped:
         assert layout.constant_bytes(shape) == 32 * 1944
         assert layout.full_attention_bytes(160) == 160 * 4 * 648
 
+    @settings(deadline=None)
     @given(plans)
     def test_all_layers_skipped_is_a_cache_that_is_not_quantised(self, layout):
         shape, span = layout.shape, layout.span
