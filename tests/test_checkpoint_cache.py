@@ -10,6 +10,7 @@ from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
 from tests.models.quantised import CACHE_SCHEME as SCHEME
 from vllm_duo.checkpoint_cache import CheckpointCache, checkpoint_cache, find_quantisation
+from vllm_duo.model_facts import ModelFacts, draft_refusals
 
 
 def compressed(scheme) -> dict:
@@ -91,3 +92,10 @@ def test_where_it_stands():
     assert find_quantisation({"compression_config": older}, text) is other
     assert find_quantisation({"compression_config": older}) is older
     assert find_quantisation({}) == {}
+
+
+def test_what_drafts_has_the_models_numbers():
+    own = CheckpointCache(dtype="fp8")
+    facts = ModelFacts(name="drafts", num_layers=2, num_kv_heads=2, head_size=16, own_cache=own)
+    (reason,) = draft_refusals(facts, 1)
+    assert reason.startswith("what drafts: the checkpoint's own KV cache quantisation (fp8)")
