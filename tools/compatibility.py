@@ -175,6 +175,9 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
     },
     "Platforms and releases": {
         "x86-64 CPUs": "",
+        "prefills by FlashAttention on a GPU": "with a stand-in for it only "
+        "([GPUs](gpu.md#flashattention-and-flashinfer))",
+        "prefills by FlashInfer on a GPU": "`retrieval_prefill`; with a stand-in for it only",
         "NVIDIA GPUs": "unless `untested_gpu` is set ([GPUs](gpu.md))",
         "other platforms": "",
         "vLLM outside 0.32 and 0.33": "the backend is not registered",

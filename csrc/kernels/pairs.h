@@ -62,16 +62,37 @@ DUO_INLINE RowPairs pair_rows(Pairs first, Pairs second) {
     return {(first & 0xffffu) | (second << 16), (first >> 16) | (second & 0xffff0000u)};
 }
 
-// 2 ** x for x <= 0 to within 2 ** -13.7, for weights that are rounded to bf16 next: by a minimax
-// polynomial.
-DUO_INLINE Vec rough_exp2_nonpositive(Vec x) {
-    return exp2_nonpositive(x, [](Vec f) __attribute__((always_inline)) {
+// To a whole number at most 1/2 away; what is too large for that has no fraction.
+DUO_INLINE Vec to_whole(Vec x) {
+    const Vec shift = broadcast(ROUNDING_SHIFT);
+    return x + shift - shift;
+}
+
+// Weights 2 ** (factor * score - base) that are rounded to bf16 next: to within 2 ** -13.7 by a
+// minimax polynomial, exactly 0 below 2 ** -126. `base` is a whole number, so that subtracting it
+// changes no fraction: factor and base cost one instruction together.
+struct WholeExponents {
+    const Vec factor, shift, least;
+
+    DUO_INLINE WholeExponents(float of_score, float base)
+        : factor(broadcast(of_score)),
+          shift(broadcast(ROUNDING_SHIFT - base)),
+          least(broadcast(ROUNDING_SHIFT - 126.0f)) {}
+
+    DUO_INLINE Vec weigh(Vec score) const {
+        // The exponent stands in the low bits of `shifted`; `f` is what is left of it, in
+        // [-1/2, 1/2].
+        const Vec shifted = score * factor + shift;
+        const Vec f = score * factor - (shifted - shift);
         Vec p = broadcast(5.51716694e-2f);
         p = p * f + 2.42611131e-1f;
         p = p * f + 6.93260986e-1f;
-        return p * f + 9.99928073e-1f;
-    });
-}
+        p = p * f + 9.99928073e-1f;
+        // Unsigned, since far below the sum overflows before it is cleared.
+        const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
+        return (Vec)(shifted > least ? scaled : VecBits{});
+    }
+};
 
 }  // namespace
 }  // namespace duo

@@ -22,17 +22,17 @@ struct PairsScratch {
     float* score;      // [BLOCK_SIDE, PAIR_TILE_KEYS]
     float* output;     // [rows, padded] in chunk order
     float* sum;        // [rows, LANES], partial sums of the weights
-    float* max;        // [rows], of the scores as they are multiplied
+    float* base;       // [rows], the exponents of 2 that weights are relative to: whole numbers
 
-    PairsScratch(float* base, int64_t rows, int64_t padded) {
-        query = reinterpret_cast<uint32_t*>(base);
+    PairsScratch(float* at, int64_t rows, int64_t padded) {
+        query = reinterpret_cast<uint32_t*>(at);
         key = query + rows * padded / 2;
         value = key + PAIR_TILE_KEYS * padded / 2;
         weight = value + PAIR_TILE_KEYS * padded / 2;
         score = reinterpret_cast<float*>(weight + BLOCK_SIDE * PAIR_TILE_KEYS / 2);
         output = score + BLOCK_SIDE * PAIR_TILE_KEYS;
         sum = output + rows * padded;
-        max = sum + rows * LANES;
+        base = sum + rows * LANES;
     }
 
     static int64_t floats(int64_t rows, int64_t padded) {
@@ -72,7 +72,7 @@ struct PrefillPairs : PrefillRows {
                 }
                 *reinterpret_cast<Pairs*>(to + c * TILE_WORDS) = x;
             }
-            scratch.max[r] = -__builtin_inff();
+            scratch.base[r] = -__builtin_inff();
         }
         std::memset(scratch.output, 0, sizeof(float) * whole * padded);
         std::memset(scratch.sum, 0, sizeof(float) * whole * LANES);
@@ -113,22 +113,23 @@ struct PrefillPairs : PrefillRows {
         }
     }
 
-    // Follows the new maxima of 16 rows; lane r of the result is row r's, times `factor`.
-    DUO_INLINE Vec raise_max(int first, Columns all, const float* score) {
+    // Follows the new maxima of 16 rows; lane r of the result is what row r's weights are relative
+    // to.
+    DUO_INLINE Vec raise_base(int first, Columns all, const float* score) {
         Vec most[TILE_SIDE];
         for (int r = 0; r < TILE_SIDE; ++r) {
             const float* row = score + r * PAIR_TILE_KEYS;
-            Vec own = load(row + all.low);
-            for (int k = all.low + LANES; k < all.high; k += LANES) own = max(own, load(row + k));
+            Vec own = max(load(row + all.low), load(row + all.low + LANES));
+            for (int k = all.low + TILE_DEPTH; k < all.high; k += TILE_DEPTH) {
+                own = max(own, max(load(row + k), load(row + k + LANES)));
+            }
             most[r] = own;
         }
-        const Vec before = load(scratch.max + first);
-        const Vec now = max(before, max_each(most));
-        // A row that has not seen any key yet: all its scores are -inf, and so are the differences.
-        const Vec base = (Vec)((VecBits)(now * factor) & (VecBits)(now > -__builtin_inff()));
+        const Vec before = load(scratch.base + first);
+        const Vec now = max(before, to_whole(max_each(most) * factor));
         if (any_greater(now, before)) {
-            store(scratch.max + first, now);
-            const Vec decay = exp2_nonpositive((before - now) * factor);
+            store(scratch.base + first, now);
+            const Vec decay = exp2_nonpositive(before - now);
             for (int r = 0; r < TILE_SIDE; ++r) {
                 if (decay[r] == 1.0f) continue;
                 const Vec own = broadcast(decay[r]);
@@ -138,22 +139,23 @@ struct PrefillPairs : PrefillRows {
                 for (int i = 0; i < padded; i += LANES) store(output + i, load(output + i) * own);
             }
         }
-        return base;
+        // A row that has not seen any key yet: all its scores are -inf.
+        return (Vec)((VecBits)now & (VecBits)(now > -__builtin_inff()));
     }
 
     // Scores of 16 rows from `first` on become weights in tiles.
     DUO_INLINE void weigh_tiles(int first, Columns all, const float* score, uint32_t* weight) {
-        const Vec base = raise_max(first, all, score);
+        const Vec base = raise_base(first, all, score);
         for (int r = 0; r < TILE_SIDE; ++r) {
             const float* row = score + r * PAIR_TILE_KEYS;
-            const Vec own = broadcast(base[r]);
+            const WholeExponents exponents(factor, base[r]);
             Vec total = load(scratch.sum + (first + r) * LANES);
-            for (int k = all.low; k < all.high; k += TILE_DEPTH) {
-                const Vec first_w = rough_exp2_nonpositive(load(row + k) * factor - own);
-                const Vec second_w = rough_exp2_nonpositive(load(row + k + LANES) * factor - own);
-                const Pairs x = to_pairs(first_w, second_w);
-                *reinterpret_cast<Pairs*>(weight + k / TILE_DEPTH * TILE_WORDS + r * TILE_SIDE) = x;
-                total += first_w + second_w;
+            uint32_t* to = weight + all.low / TILE_DEPTH * TILE_WORDS + r * TILE_SIDE;
+            for (int k = all.low; k < all.high; k += TILE_DEPTH, to += TILE_WORDS) {
+                const Vec a = exponents.weigh(load(row + k));
+                const Vec b = exponents.weigh(load(row + k + LANES));
+                *reinterpret_cast<Pairs*>(to) = to_pairs(a, b);
+                total += a + b;
             }
             store(scratch.sum + (first + r) * LANES, total);
         }
@@ -203,7 +205,7 @@ struct PrefillPairs : PrefillRows {
         for (int r = 0; r < rows; ++r) {
             const float total = sum(load(scratch.sum + r * LANES));
             store_row(scratch.output + int64_t{r} * padded, chunks,
-                      1.0f / with_sink(r, scratch.max[r] * factor, total),
+                      1.0f / with_sink(r, scratch.base[r], total),
                       reinterpret_cast<BFloat16*>(address(step.output, r)));
         }
     }

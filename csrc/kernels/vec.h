@@ -227,29 +227,25 @@ DUO_INLINE bool any_greater(Vec a, Vec b) {
 
 constexpr float LOG2E = 1.44269504088896340736f;
 
-// 2 ** x for x <= 0, exactly 0 below -126 and for -inf; `near_zero`: 2 ** f on [-1/2, 1/2].
-template <typename NearZero>
-DUO_INLINE Vec exp2_nonpositive(Vec x, NearZero near_zero) {
-    const Vec shift = broadcast(12582912.0f);  // 1.5 * 2 ** 23: adding it rounds to an integer
+// 1.5 * 2 ** 23: adding it rounds to a whole number, which stands in the sum's low bits.
+constexpr float ROUNDING_SHIFT = 12582912.0f;
+
+// 2 ** x for x <= 0, exactly 0 below -126 and for -inf; by Cephes' polynomial.
+DUO_INLINE Vec exp2_nonpositive(Vec x) {
+    const Vec shift = broadcast(ROUNDING_SHIFT);
     const Vec shifted = x + shift;
-    const Vec p = near_zero(x - (shifted - shift));
+    const Vec f = x - (shifted - shift);
+    Vec p = broadcast(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
     // The integer stands in the low bits of `shifted`; moved to the exponent it scales by 2 ** n.
     // Unsigned, since far below -126 the sum overflows before it is cleared.
     const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
     return (Vec)(scaled & (VecBits)(x > -126.0f));
-}
-
-// By Cephes' polynomial.
-DUO_INLINE Vec exp2_nonpositive(Vec x) {
-    return exp2_nonpositive(x, [](Vec f) __attribute__((always_inline)) {
-        Vec p = broadcast(1.535336188319500e-4f);
-        p = p * f + 1.339887440266574e-3f;
-        p = p * f + 9.618437357674640e-3f;
-        p = p * f + 5.550332471162809e-2f;
-        p = p * f + 2.402264791363012e-1f;
-        p = p * f + 6.931472028550421e-1f;
-        return p * f + 1.0f;
-    });
 }
 
 // 2 ** x: exactly 0 from -126 down, infinite from 126 up, NaN for NaN.

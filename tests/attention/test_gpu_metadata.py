@@ -97,11 +97,14 @@ def make_builder(monkeypatch):
 def test_lengths_on_the_device_are_never_read():
     batch = make_batch(common([1, 1, 7], [30, 40, 50]))
     assert batch.host_seq_lens.tolist() == [30, 40, 50]
+    assert batch.knows_prefill_lens  # what vLLM's bounds are for prefills
     assert isinstance(batch.seq_lens, DeviceLens)
 
 
 def test_without_a_bound_the_longest_request_bounds_all():
-    assert make_batch(common([1, 7])).host_seq_lens.tolist() == [99, 99]
+    batch = make_batch(common([1, 7]))
+    assert batch.host_seq_lens.tolist() == [99, 99]
+    assert not batch.knows_prefill_lens
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,11 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         (f"{FLASH}:is_flash_attn_varlen_func_available", None),
         # Bound on a GPU alone.
         (f"{FLASH}:get_flash_attn_version", beside("        flash_attn_varlen_func,\n")),
+        ("vllm.utils.flashinfer:has_flashinfer", None),
+    ],
+    "attention/head_buffers.py": [
+        ("vllm.v1.worker.gpu_worker:Worker.sleep", names("model.named_buffers()")),
+        ("vllm.v1.worker.gpu_worker:Worker.wake_up", names("buffer.data.copy_(")),
     ],
     "attention/impl.py": [
         ("vllm.config:get_current_vllm_config", None),

@@ -12,6 +12,7 @@ import vllm
 import vllm.platforms
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from vllm_duo.attention import retrieval_prefill
 from vllm_duo.doctor import checks
 from vllm_duo.doctor.self_test import Result
 from vllm_duo.ops import available
@@ -96,6 +97,30 @@ class TestKernels:
         monkeypatch.setattr(available.importlib, "import_module", fail)
         assert self.runs() == [False, False, False]
         assert checks.kernels()[0].status == "failed"
+
+
+class TestRetrievalPrefill:
+    def test_without_a_gpu(self, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        (found,) = checks.retrieval_prefill()
+        assert found.status == "info"
+        assert "no NVIDIA GPU here; flashinfer-python: " in found.detail
+
+    def test_on_a_gpu(self, monkeypatch):
+        def flash_attn(head_size):
+            return print, 3
+
+        def flashinfer():
+            raise ImportError("flashinfer-python is not installed")
+
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr(retrieval_prefill, "find_flash_attn", flash_attn)
+        monkeypatch.setattr(retrieval_prefill, "find_flashinfer", flashinfer)
+        auto, flash, other = checks.retrieval_prefill()
+        assert auto.detail == 'retrieval_prefill "auto": flash-attn 3 (the default where it runs)'
+        assert flash.detail == 'retrieval_prefill "flash-attn": flash-attn 3'
+        assert statuses([auto, flash, other]) == ["ok", "ok", "info"]
+        assert '"flashinfer": FlashInfer cannot serve this: flashinfer-python is' in other.detail
 
 
 class TestPlugin:

@@ -74,7 +74,7 @@ def test_turns_of_a_chat_resume_where_the_last_one_ended(chunk, name, model, pat
 @pytest.mark.feature("prefix caching")
 def test_prompts_that_arrive_at_once_share_what_the_first_computes(model, pattern_of):
     """Requests resume in the very step that computes and stores the state they resume at."""
-    shared = prompts_of([1500], seed=8)[0]
+    shared = prompts_of([1100], seed=8)[0]
     prompts = [shared + tail for tail in prompts_of([31, 1, 200, 17, 64, 90, 120, 16], seed=9)]
     with engine(
         model, pattern_of["mixed"], enable_prefix_caching=True, max_num_batched_tokens=512
@@ -82,7 +82,7 @@ def test_prompts_that_arrive_at_once_share_what_the_first_computes(model, patter
         answers, hits = Cached(running).ask(prompts, 16)
     assert hits[0] == 0
     assert min(hits[1:]) >= 1024
-    assert hits.count(1488) >= 5
+    assert hits.count(1088) >= 5
     assert_right(oracle_of(model), prompts, answers)
 
 

@@ -183,12 +183,12 @@ def test_served_tokens_are_the_oracles_for_every_case(case, caching, checkpoint,
 @pytest.mark.parametrize(
     ("family", "caching"),
     [
-        ("mistral", False),
         ("gemma3", True),
         ("gpt_oss", True),
         pytest.param("gpt_oss", False, marks=pytest.mark.slow),
         pytest.param("gemma3", False, marks=pytest.mark.slow),
         pytest.param("mistral", True, marks=pytest.mark.slow),
+        pytest.param("mistral", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.feature("sliding-window layers", "preemption")

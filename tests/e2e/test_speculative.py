@@ -300,7 +300,7 @@ def drafting(known, checkpoint, tmp_path):
         pytest.param("itself", True, marks=MODEL_DRAFTS),
         pytest.param("another", False, marks=[MODEL_DRAFTS, pytest.mark.slow]),
         pytest.param("eagle", True, marks=HEAD_DRAFTS),
-        pytest.param("eagle3", True, marks=HEAD_DRAFTS),
+        pytest.param("eagle3", True, marks=[HEAD_DRAFTS, pytest.mark.slow]),
         pytest.param("eagle3", False, marks=[HEAD_DRAFTS, pytest.mark.slow]),
     ],
 )

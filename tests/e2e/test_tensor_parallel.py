@@ -155,16 +155,9 @@ def test_drafts_change_no_token(caching, checkpoint, tmp_path, monkeypatch):
     assert sum(outcomes.rejected.values()) > 20
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(
-            "eagle", marks=pytest.mark.feature("draft model or EAGLE head on several ranks")
-        ),
-        pytest.param("eagle3", marks=pytest.mark.slow),
-        pytest.param("draft_model", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.feature("draft model or EAGLE head on several ranks")
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "draft_model"])
 def test_layers_that_draft_change_no_token(method, checkpoint, tmp_path, monkeypatch):
     """Each rank has its share of their heads. The model itself, all of whose heads see everything, and
     heads of copies of its layers are often right."""

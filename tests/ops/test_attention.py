@@ -106,6 +106,31 @@ def test_other_dtypes_round_once(dtype, implementation):
     assert_rule_holds(sequences, MASKS["mixed"], 4, 33, 0.125)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scores", ["steep", "rising", "falling", "far below 0", "far above 0"])
+def test_scores_of_any_size(scores, dtype):
+    """Tile after tile of keys moves what weights are relative to, or leaves it far away."""
+    length, scale = 900, 0.125
+    store = Store(MASKS["mixed"], 64, requests=1, max_tokens=length, dtype=dtype, seed=4)
+    (sequence,) = make_sequences([length], 4, 2, 64, dtype, seed=5)
+    position = torch.arange(length).view(-1, 1, 1) / length
+    if scores == "steep":
+        # Weights of nearly all keys are below what float32 holds.
+        scale = 8.0
+    elif scores in ("rising", "falling"):
+        # All queries and keys point the same way, and keys grow or shrink from token to token.
+        size = 1 + position if scores == "rising" else 2 - position
+        sequence.q[:] = sequence.q.abs()
+        sequence.k[:] = (sequence.k.abs() * 3 * size).to(dtype)
+    else:
+        # The first element alone adds +-3000 to every score: exact, so that nothing else is lost.
+        sequence.q[..., 0] = 128
+        sequence.k[..., 0] = 192 if scores == "far above 0" else -192
+    serve(store, [sequence], lambda left: min(left, 300), scale)
+    assert_rule_holds([sequence], MASKS["mixed"], 20, 75, scale)
+    store.assert_guards()
+
+
 @pytest.mark.parametrize("key", MEMORY_LAYOUTS)
 @pytest.mark.parametrize("value", MEMORY_LAYOUTS)
 def test_each_tensor_has_its_own_strides(key, value):

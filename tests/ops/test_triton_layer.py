@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.ops.flashinfer_stand_in import StandIn
 from tests.ops.steps import clone, guards, make_step
 from tests.ops.triton_cases import (
     implementation,  # noqa: F401
@@ -14,6 +15,7 @@ from tests.ops.triton_cases import (
 from vllm_duo.ops.batch import SnapshotCopy
 from vllm_duo.ops.layer import triton as layer_kernel
 from vllm_duo.ops.prefill import flash
+from vllm_duo.ops.prefill.flashinfer import FlashInferPrefill
 from vllm_duo.ops.write_kv import reference
 
 MIXED = [True, False]
@@ -163,3 +165,17 @@ def test_triton_layer_leaves_the_retrieval_heads_to_flash_attention(mask, launch
     step = make_step(mask, [70, 20, 0], [1, 15, 20], num_decodes=1, seed=6)
     serve(step, retrieval_prefill=kernel)
     assert calls == ([(20, 35, 3)] if any(mask) else [])
+
+
+@pytest.mark.parametrize("mask", [[True, False, True], [True], [False]])
+def test_triton_layer_leaves_the_retrieval_heads_to_flashinfer(mask, launches):
+    """A decode beside two prefills: the chunks are in the cache when FlashInfer reads it."""
+    made = []
+
+    def make(*arguments):
+        made.append(StandIn(*arguments))
+        return made[-1]
+
+    step = make_step(mask, [70, 20, 0], [1, 15, 20], num_decodes=1, seed=6)
+    serve(step, retrieval_prefill=FlashInferPrefill(make))
+    assert [plan[0] for wrapper in made for plan in wrapper.plans] == [[0, 15, 35]] * any(mask)

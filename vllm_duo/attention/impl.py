@@ -13,9 +13,10 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from vllm_duo.attention.head_buffers import HeadBuffers
 from vllm_duo.attention.layer_cache import check_format, check_scales
 from vllm_duo.attention.metadata import DuoMetadata
-from vllm_duo.attention.retrieval_prefill import server_choice
+from vllm_duo.attention.retrieval_prefill import layer_kernel
 from vllm_duo.attention.sibling_cache import SUFFIX, UNUSED_SUFFIX, SiblingCache
 from vllm_duo.attention.specs import (
     own_rank,
@@ -159,17 +160,19 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
                 unused = partial(unused_spec, layer, group, place)
                 sibling = SiblingCache(layer.attn_backend, self.num_heads, unused)
                 context[f"{name}{UNUSED_SUFFIX}{group}"] = sibling
-        self.layer_name = name
-        self.heads = heads
+        self._set_heads(name, layer, heads)
         if heads.retrieval.is_cpu:
             _log_kernels()
         else:
-            self.retrieval_prefill = server_choice(
+            self.retrieval_prefill = layer_kernel(
                 plan.resolved.retrieval_prefill,
-                layer.kv_cache_torch_dtype,
-                self.head_size,
-                self.vllm_config.cache_config.block_size,
-            ).kernel
+                heads,
+                dtype=layer.kv_cache_torch_dtype,
+                head_size=self.head_size,
+                block_size=self.vllm_config.cache_config.block_size,
+                group=self.num_heads // self.num_kv_heads,
+                scale=self.scale,
+            )
 
     def forward(
         self,
@@ -222,9 +225,15 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
 
     def _keep_all(self, name: str, layer: Attention, device: torch.device) -> None:
         """Set up a layer that drafts: every head keeps every token."""
-        self.heads = HeadMap.from_mask(np.ones(self.num_kv_heads, dtype=np.bool_), device)
         layer.get_kv_cache_spec = partial(retrieval_spec, layer, self.num_kv_heads)
+        every = np.ones(self.num_kv_heads, dtype=np.bool_)
+        self._set_heads(name, layer, HeadMap.from_mask(every, device))
+
+    def _set_heads(self, name: str, layer: Attention, heads: HeadMap) -> None:
         self.layer_name = name
+        self.heads = heads
+        if not heads.retrieval.is_cpu:
+            layer.duo_heads = HeadBuffers(heads)
 
     def _check_heads(self, plan: ServerPlan) -> None:
         """Check a new layer against the pattern.

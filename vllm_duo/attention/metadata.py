@@ -212,14 +212,18 @@ def make_batch(common: CommonAttentionMetadata, longest_decode: int = 1) -> Batc
     query_lens = np.diff(start)
     longer = np.flatnonzero(query_lens > longest_decode)
     num_decodes = int(longer[0]) if len(longer) else len(query_lens)
-    return Batch(common.query_start_loc, common.seq_lens, num_decodes, start, _host_lens(common))
+    lens, exact = _host_lens(common)
+    return Batch(common.query_start_loc, common.seq_lens, num_decodes, start, lens, exact)
 
 
-def _host_lens(common: CommonAttentionMetadata) -> IntArray:
-    """[B] tokens of each request, or on a GPU an upper bound: reading them would wait for it."""
+def _host_lens(common: CommonAttentionMetadata) -> tuple[IntArray, bool]:
+    """[B] tokens of each request, or on a GPU an upper bound: reading them would wait for it.
+
+    The second is whether they are exact for prefills, as vLLM says of its own upper bounds.
+    """
     if common.seq_lens.is_cpu:
-        return common.seq_lens.numpy().astype(np.int64)
+        return common.seq_lens.numpy().astype(np.int64), True
     bound = common.seq_lens_cpu_upper_bound
     if bound is None:
-        return np.full(len(common.seq_lens), common.max_seq_len, dtype=np.int64)
-    return bound.numpy().astype(np.int64)
+        return np.full(len(common.seq_lens), common.max_seq_len, dtype=np.int64), False
+    return bound.numpy().astype(np.int64), True

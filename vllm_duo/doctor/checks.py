@@ -118,6 +118,34 @@ def kernels() -> list[Finding]:
     ]
 
 
+def retrieval_prefill() -> list[Finding]:
+    """What each value of ``retrieval_prefill`` comes to here, for a layer of the usual kind."""
+    import torch
+
+    from vllm_duo.attention.retrieval_prefill import choose_here
+
+    topic = "prefill"
+    if not torch.cuda.is_available():
+        found = installed("flashinfer-python")["flashinfer-python"]
+        detail = (
+            "retrieval_prefill chooses a GPU's kernel and torch sees no NVIDIA GPU here; "
+            f"flashinfer-python: {found}"
+        )
+        return [Finding(topic=topic, status="info", detail=detail)]
+    findings = []
+    for setting in ("auto", "flash-attn", "flashinfer"):
+        try:
+            choice = choose_here(setting, torch.bfloat16, 128, 16)
+        except NotImplementedError as error:
+            findings.append(Finding(topic=topic, status="info", detail=str(error)))
+            continue
+        detail = f'retrieval_prefill "{setting}": {choice.name}'
+        if setting == "auto":
+            detail += f" ({choice.reason})"
+        findings.append(Finding(topic=topic, status="ok", detail=detail))
+    return findings
+
+
 def plugin() -> list[Finding]:
     """Whether vLLM finds the plugin and knows its backend afterwards."""
     if not entry_points(group=PLUGIN_GROUP, name=PLUGIN_NAME):
@@ -170,6 +198,7 @@ CHECKS: dict[str, Callable[[], list[Finding]]] = {
     "versions": versions,
     "platform": machine,
     "kernels": kernels,
+    "prefill": retrieval_prefill,
     "plugin": plugin,
     "self-test": operators,
 }

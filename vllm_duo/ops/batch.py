@@ -77,7 +77,8 @@ class Batch(Memo):
         seq_lens: [B] int32, tokens of each request with its chunk.
         num_decodes: requests at the front whose chunk is decoded.
         host_query_start_loc: the same on the host, for planning.
-        host_seq_lens: the same on the host, for planning.
+        host_seq_lens: the same on the host, for planning; on a GPU upper bounds.
+        knows_prefill_lens: whether ``host_seq_lens`` are exact for the requests after the decodes.
     """
 
     query_start_loc: torch.Tensor
@@ -85,6 +86,7 @@ class Batch(Memo):
     num_decodes: int
     host_query_start_loc: IntArray
     host_seq_lens: IntArray
+    knows_prefill_lens: bool = True
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod

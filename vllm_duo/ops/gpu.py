@@ -94,6 +94,15 @@ class ClassArguments:
         return (self.cache, *stride[:3], self.heads, self.table, rows)
 
 
+def head_indices(heads: HeadMap) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R] and [S] int32, a layer's heads as the kernels read them.
+
+    A layer has them made before anything is captured: within a CUDA graph it would be the graph's
+    replay that fills them, and every other step would read what was not written yet.
+    """
+    return heads.memo("int32", lambda: (heads.retrieval.int(), heads.streaming.int()))
+
+
 def rows_from(arguments: ClassArguments, first: int) -> ClassArguments:
     """The same with the block table of the requests from ``first`` on."""
     return replace(arguments, table=arguments.table[first:]) if arguments.count else arguments
@@ -116,9 +125,7 @@ def class_arguments(
         retrieval: whether the retrieval heads take part.
         streaming: whether the streaming heads take part.
     """
-    of_retrieval, of_streaming = heads.memo(
-        "int32", lambda: (heads.retrieval.int(), heads.streaming.int())
-    )
+    of_retrieval, of_streaming = head_indices(heads)
     return (
         _arguments(of_retrieval, caches.retrieval, caches.paged, stand_in, retrieval),
         _arguments(of_streaming, caches.streaming, caches.ring, stand_in, streaming),

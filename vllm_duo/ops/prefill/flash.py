@@ -8,6 +8,7 @@ import torch
 
 from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
+from vllm_duo.ops.prefill.retrieval import gather_queries, scatter_results
 
 
 def retrieval_prefill(
@@ -38,17 +39,14 @@ def retrieval_prefill(
     cache, paged = caches.retrieval, caches.paged
     if cache is None or paged is None:
         return
-    first, low, high = batch.num_decodes, batch.num_decode_tokens, batch.num_tokens
-    head_size = query.shape[-1]
-    grouped = (query.shape[0], heads.num_kv_heads, -1, head_size)
-    picked = query.view(grouped)[low:high, heads.retrieval].flatten(1, 2)
+    first = batch.num_decodes
     keys, values = cache.transpose(1, 2).chunk(2, dim=-1)  # [N, P, R, D], strided
     starts = batch.memo(
         ("starts", first),
         lambda: batch.query_start_loc[first:] - batch.query_start_loc[first],
     )
     result = flash_attn_varlen_func(
-        q=picked,
+        q=gather_queries(query, heads, batch),
         k=keys,
         v=values,
         cu_seqlens_q=starts,
@@ -60,6 +58,4 @@ def retrieval_prefill(
         block_table=paged.block_table[first : batch.num_reqs],
         fa_version=fa_version,
     )
-    output.view(grouped)[low:high, heads.retrieval] = result.view(
-        high - low, len(heads.retrieval), -1, head_size
-    )
+    scatter_results(result, heads, batch, output)
