@@ -28,8 +28,9 @@ def _rule(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwa
     mask = mask.repeat_interleave(group, 0)
     if module.duo_form is not None:
         own = torch.as_tensor(retrieval)[:, None, None] | module.duo_streaming_quantised
-        kept = quantise(key.transpose(1, 2), value.transpose(1, 2), module.duo_form)
-        kept = (t.transpose(1, 2).float() for t in dequantise(kept, module.duo_form))
+        form, scales = module.duo_form, module.duo_scales
+        kept = quantise(key.transpose(1, 2), value.transpose(1, 2), form, *scales)
+        kept = (t.transpose(1, 2).float() for t in dequantise(kept, form, *scales))
         key, value = (torch.where(own, *both) for both in zip(kept, (key, value), strict=True))
     key = key[0].repeat_interleave(group, 0)
     value = value[0].repeat_interleave(group, 0)
@@ -65,6 +66,9 @@ class Oracle:
         recent_size: tokens.
         form: of a quantised cache, whose numbers it computes with; None: keys and values as they are.
         streaming_quantised: False: of streaming heads it takes keys and values as they are.
+        scales: per layer one of its keys and one of its values, where the format has none of its own;
+            None: 1.
+        skipped: layers of which it takes keys and values as they are.
         windows: per layer a sliding window of the model's own, in tokens, or None; its row of
             ``retrieval`` is not read. Empty: no layer has one.
     """
@@ -78,12 +82,16 @@ class Oracle:
         form=None,
         windows=(),
         streaming_quantised=True,
+        scales=None,
+        skipped=(),
     ) -> None:
         self.model = self.load(str(model))
         self.retrieval = np.asarray(retrieval, dtype=bool)
         self.sizes = (sink_size, recent_size)
         self.form = form
         self.streaming_quantised = streaming_quantised
+        self.scales = scales or [(1.0, 1.0)] * len(self.retrieval)
+        self.skipped = skipped
         self.windows = windows or [None] * len(self.retrieval)
 
     load = staticmethod(_load)
@@ -100,12 +108,14 @@ class Oracle:
     @torch.inference_mode()
     def logprobs(self, token_ids) -> torch.Tensor:
         """[n, vocabulary] log-probabilities after each of the n tokens."""
-        for layer, retrieval, window in zip(self.layers, self.retrieval, self.windows, strict=True):
+        rows = zip(self.layers, self.retrieval, self.windows, strict=True)
+        for index, (layer, retrieval, window) in enumerate(rows):
             sizes = self.sizes if window is None else (0, window)
             layer.self_attn.duo_retrieval = (
                 retrieval if window is None else np.zeros_like(retrieval)
             )
-            layer.self_attn.duo_form = self.form
+            layer.self_attn.duo_form = None if index in self.skipped else self.form
+            layer.self_attn.duo_scales = self.scales[index]
             layer.self_attn.duo_streaming_quantised = self.streaming_quantised
             layer.self_attn.duo_sink, layer.self_attn.duo_recent = sizes
         return self.logits(token_ids).float().log_softmax(-1)

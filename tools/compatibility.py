@@ -102,8 +102,12 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "quantised KV cache, of the retrieval heads alone": "`streaming_cache_dtype` "
         "([why](quantised-kv.md#streaming-heads-in-the-models-own-type))",
         "quantised KV cache, other formats": "`nvfp4`, `turboquant_...`, `ultraquant_4bit`",
-        "quantised KV cache, some layers": "`--kv-cache-dtype-skip-layers`",
-        "quantised KV cache, by the checkpoint": "`kv_cache_scheme`",
+        "quantised KV cache, some layers": "`--kv-cache-dtype-skip-layers` "
+        "([how](quantised-kv.md#layers-that-are-left-out))",
+        "quantised KV cache, by the checkpoint": "`kv_cache_scheme` with one scale a layer "
+        "([how](quantised-kv.md#scales-of-the-checkpoint))",
+        "quantised KV cache, other scales of the checkpoint": "each head's own, found while it runs, "
+        "of queries",
     },
     "Engine": {
         "every head a retrieval head": "stock vLLM's tokens",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from vllm_duo.checkpoint_cache import NO_CACHE, CheckpointCache
 from vllm_duo.kv_cache.ranks import split_problem
 from vllm_duo.windows import UNKNOWN, Windows, describe
 
@@ -47,7 +48,7 @@ class ModelFacts:
         uses_alibi: position biases.
         is_not_causal: another mask than the causal one.
         has_noops: some layers have no attention.
-        kv_cache_scheme: of a checkpoint that quantises its own KV cache.
+        own_cache: the KV cache that the checkpoint asks for.
         shares_caches: some layers read another layer's KV cache.
     """
 
@@ -67,7 +68,7 @@ class ModelFacts:
     uses_alibi: bool = False
     is_not_causal: bool = False
     has_noops: bool = False
-    kv_cache_scheme: object = None
+    own_cache: CheckpointCache = NO_CACHE
     shares_caches: bool = False
 
 
@@ -95,8 +96,8 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
         yield "attention that is not causal over the whole request"
     if model.has_noops:
         yield "layers without attention among the model's layers"
-    if model.kv_cache_scheme:
-        yield f"the checkpoint's own KV cache quantisation ({model.kv_cache_scheme})"
+    if problem := model.own_cache.problem:
+        yield f"the checkpoint's own KV cache quantisation: {problem}"
     if model.head_size not in HEAD_SIZES:
         sizes = ", ".join(map(str, HEAD_SIZES))
         yield f"the head size {model.head_size}: supported are {sizes}"
@@ -130,6 +131,11 @@ def draft_refusals(model: ModelFacts, ranks: int) -> Iterator[str]:
         yield f"what drafts: {reason}"
     if model.multimodal is not None:
         yield f"what drafts: a model that takes images ({model.multimodal}): use a text model"
+    if model.own_cache.dtype != "auto":
+        yield (
+            f"what drafts: the checkpoint's own KV cache quantisation ({model.own_cache.dtype}): its "
+            "cache has the model's numbers"
+        )
     if model.windows:
         yield (
             f"what drafts: the model's own sliding window ({describe(model.windows)}): the heads "

@@ -20,6 +20,7 @@ from vllm_duo.heads import HeadPattern, find_pattern
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.ranks import PARTITION, heads_per_rank, own_heads, stage_sizes
 from vllm_duo.kv_cache.split_cost import SplitCost, replan, split_cost
+from vllm_duo.skipped_layers import skipped_layers
 from vllm_duo.windows import Windows, chosen_layers, in_force, layer_windows, slides_throughout
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class ServerPlan:
         tensor_parallel_size: ranks that each layer's heads are split over.
         stage_sizes: layers of each pipeline stage; empty: one stage.
         windows: the model's own sliding windows that are in force, by layer; empty: none.
+        skipped_layers: whose caches keep the model's dtype where the others' are quantised.
     """
 
     pattern: HeadPattern
@@ -49,6 +51,7 @@ class ServerPlan:
     tensor_parallel_size: int = 1
     stage_sizes: tuple[int, ...] = ()
     windows: Windows = ()
+    skipped_layers: frozenset[int] = frozenset()
 
     @property
     def pipeline_parallel_size(self) -> int:
@@ -135,6 +138,7 @@ class ServerPlan:
                 dtype_bytes=dtype_bytes,
                 row_bytes=row_bytes,
                 streaming_quantised=self.streaming_quantised,
+                skipped_layers=self.skipped_layers,
                 tensor_parallel_size=self.tensor_parallel_size,
                 draft_token_bytes=drafts.token_bytes(self.tensor_parallel_size),
                 stage_sizes=self.stage_sizes or None,
@@ -214,14 +218,23 @@ def resolve_plan(vllm_config: VllmConfig) -> ServerPlan:
         vllm_config.parallel_config.tensor_parallel_size,
         vllm_config.parallel_config.pipeline_parallel_size,
         windows_of(model),
+        skipped_layers(
+            vllm_config.cache_config.kv_cache_dtype_skip_layers,
+            model.get_total_num_hidden_layers(),
+            _all_windows(model),
+        ),
     )
 
 
 def windows_of(model: ModelConfig) -> Windows:
     """The sliding windows of a model that hide something from a server's requests, by layer."""
+    return in_force(_all_windows(model), longest_request(model))
+
+
+def _all_windows(model: ModelConfig) -> Windows:
     num_layers, window = model.get_total_num_hidden_layers(), model.get_sliding_window()
     kinds = getattr(model.hf_text_config, "layer_types", None)
-    return in_force(layer_windows(num_layers, window, kinds) or (), longest_request(model))
+    return layer_windows(num_layers, window, kinds) or ()
 
 
 def longest_request(model: ModelConfig) -> float:
@@ -243,6 +256,7 @@ def make_plan(
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
     windows: Windows = (),
+    skipped: frozenset[int] = frozenset(),
 ) -> ServerPlan:
     """The same from settings and a model's shape, as the command line has them.
 
@@ -258,6 +272,7 @@ def make_plan(
         pipeline_parallel_size: stages that the layers are split over.
         windows: the model's own sliding windows that are in force, by layer. Where every layer has
             one, no pattern is looked for.
+        skipped: layers whose caches keep the model's dtype where the others' are quantised.
 
     Raises:
         ValueError: bad settings, no pattern, a pattern of another shape, or impossible stages.
@@ -273,4 +288,4 @@ def make_plan(
     stages: tuple[int, ...] = ()
     if pipeline_parallel_size > 1:
         stages = stage_sizes(num_layers, pipeline_parallel_size, os.environ.get(PARTITION))
-    return ServerPlan(pattern, resolved, tensor_parallel_size, stages, windows)
+    return ServerPlan(pattern, resolved, tensor_parallel_size, stages, windows, skipped)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.checkpoint_cache import checkpoint_cache, find_quantisation
 from vllm_duo.config import SECTION
 from vllm_duo.drafts import DRAFTS_OF_LAYERS, DRAFTS_OF_TOKENS, DRAFTS_WITHOUT_CACHES
 from vllm_duo.kv_cache.formats import FORMATS
@@ -111,13 +112,16 @@ def _settings(additional_config: Any) -> Mapping[str, Any]:
 
 def facts_of(model: ModelConfig) -> ModelFacts:
     """What vLLM knows of the model."""
-    text = model.hf_text_config
+    text, outer = model.hf_text_config, model.hf_config
+    keys = ("quantization_config", "compression_config")
+    quantisation = find_quantisation(
+        *({key: getattr(part, key, None) for key in keys} for part in (outer, text))
+    )
 
     def setting(name: str) -> Any:
         return getattr(text, name, None)
 
     num_layers = model.get_total_num_hidden_layers()
-    scheme = (getattr(model.hf_config, "quantization_config", None) or {}).get("kv_cache_scheme")
     return ModelFacts(
         name=model.model,
         num_layers=num_layers,
@@ -135,7 +139,7 @@ def facts_of(model: ModelConfig) -> ModelFacts:
         uses_alibi=bool(model.uses_alibi),
         is_not_causal=model.rswa_window is not None or model.is_diffusion,
         has_noops=model.has_noops,
-        kv_cache_scheme=scheme,
+        own_cache=checkpoint_cache(quantisation),
         shares_caches=bool(setting("num_kv_shared_layers")),
     )
 
@@ -240,8 +244,6 @@ def _quantised_cache(cache: CacheConfig) -> Iterator[str]:
             f"--kv-cache-dtype {cache.cache_dtype}: this release's GPU kernels do not read quantised "
             "caches, use auto"
         )
-    if cache.kv_cache_dtype_skip_layers:
-        yield "--kv-cache-dtype-skip-layers: all layers' caches are of one type"
 
 
 def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
@@ -270,13 +272,27 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     )
 
 
-def draft_model_refusals(stages: int, multimodal: str | None) -> Iterator[str]:
-    """Why no draft model or EAGLE head can be served, if so.
+def draft_model_refusals(
+    stages: int, multimodal: str | None, own_dtype: str, skips_layers: bool
+) -> Iterator[str]:
+    """Why no draft model or EAGLE head can be served beside a model, if so.
 
     Args:
         stages: of the pipeline.
         multimodal: config.json's model type of a model that can take more than text; None: text alone.
+        own_dtype: of the KV cache that the model's checkpoint asks for; auto: for none.
+        skips_layers: whether some of the model's layers keep an unquantised cache.
     """
+    if own_dtype != "auto":
+        yield (
+            f"what drafts: not tested beside a checkpoint that asks for a KV cache in {own_dtype}; use "
+            f"{DRAFTS_OF_TOKENS[0]}"
+        )
+    if skips_layers:
+        yield (
+            "what drafts: --kv-cache-dtype-skip-layers means layers of the model and would mean layers "
+            f"that draft as well: leave it out or use {DRAFTS_OF_TOKENS[0]}"
+        )
     if multimodal is not None and multimodal not in MULTIMODAL_WITH_LAYERS_THAT_DRAFT:
         yield (
             f"what drafts: not tested with a multimodal model of the type {multimodal}, expected one "
@@ -297,6 +313,8 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
     yield from draft_model_refusals(
         parallel.pipeline_parallel_size,
         _multimodal_type(vllm_config.model_config),
+        facts_of(vllm_config.model_config).own_cache.dtype,
+        bool(vllm_config.cache_config.kv_cache_dtype_skip_layers),
     )
     draft = speculation.draft_model_config
     # To vLLM a draft takes no images, whatever model it is.

@@ -80,6 +80,8 @@ def test_sinks_are_those_of_the_weights_that_were_loaded_last(config, dtype):
     parameter = torch.nn.Parameter(torch.full((4,), torch.nan, dtype=dtype))
     layer = make_layer(sinks=parameter)
     layer.heads = "split before"
+    context = {"model.layers.0.attn": SimpleNamespace(impl=layer, kv_cache_dtype="auto")}
+    config.compilation_config = SimpleNamespace(static_forward_context=context)
     for value in (1.5, -2.0):
         parameter.data.fill_(value)
         layer.process_weights_after_loading(dtype)

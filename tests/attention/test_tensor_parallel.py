@@ -31,6 +31,7 @@ from vllm_duo.attention.sibling_cache import UNUSED_SUFFIX
 from vllm_duo.compat.pool_report import check_and_report, check_groups
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads.discovery import PUBLISHED, list_shipped
+from vllm_duo.kv_cache.formats import row_bytes
 from vllm_duo.kv_cache.layout import Layout
 from vllm_duo.kv_cache.rank_caches import rank_block_bytes
 from vllm_duo.kv_cache.spec import RetrievalSpec, StreamingSpec
@@ -79,7 +80,7 @@ class Split:
 def split(tmp_path, monkeypatch):
     """Makes the attention layers of all ranks as a model's constructor and loader do."""
 
-    def split(mask, ranks, stages=1, drafts=0, **duo) -> Split:
+    def split(mask, ranks, stages=1, drafts=0, cache="auto", skipped=(), **duo) -> Split:
         mask = np.asarray(mask, dtype=bool)
         layers, kv_heads = mask.shape
         heads = max(kv_heads, ranks) * 2
@@ -109,6 +110,8 @@ def split(tmp_path, monkeypatch):
             tensor_parallel_size=ranks,
             additional_config={"duo": {k: v for k, v in section.items() if v is not None}},
             speculative_config=ngram if drafts else None,
+            kv_cache_dtype=cache,
+            kv_cache_dtype_skip_layers=list(skipped),
         ).create_engine_config()
         # Set once the start check, which refuses stages on CPUs, has passed.
         config.parallel_config.pipeline_parallel_size = stages
@@ -142,6 +145,7 @@ def split(tmp_path, monkeypatch):
         layout = specs.plan_of(config).layout(
             head_size=HEAD_SIZE,
             dtype_bytes=4,
+            row_bytes=row_bytes(cache, HEAD_SIZE),
             block_size=16,
             max_model_len=4096,
             drafts=Drafts.of(config),
@@ -245,6 +249,27 @@ def test_a_published_pattern_in_stages(split, name, ranks, stages):
     found = split(mask, ranks, stages)
     check_heads(found)
     check(found)
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("skipped", [["0"], ["1", "2"]], ids=" ".join)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_layers_that_keep_the_models_dtype(split, mask, skipped, ranks, stages):
+    """Beside others in int8; what stands in for heads of other ranks is quantised in any layer."""
+    form = "int8_per_token_head"
+    found = split(mask, ranks, stages, cache=form, skipped=skipped)
+    check_heads(found)
+    check(found)
+    row = row_bytes(form, HEAD_SIZE)
+    for own in found.rank_specs:
+        for name, spec in own.items():
+            is_skipped = str(extract_layer_index(name)) in skipped and UNUSED_SUFFIX not in name
+            token = 2 * HEAD_SIZE * 4 if is_skipped else row
+            slots = spec.block_size if isinstance(spec, RetrievalSpec) else spec.slots_per_block
+            assert spec.page_size_bytes == spec.num_kv_heads * slots * token
+    config = kv_cache_utils.generate_scheduler_kv_cache_config(found.configs())
+    if found.layout.bins:
+        assert check_and_report(found.config, config) == found.layout
 
 
 def test_a_partition_of_the_users(split, monkeypatch):

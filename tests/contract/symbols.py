@@ -138,7 +138,7 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
         ),
         (
             "vllm.config:CacheConfig",
-            members("cache_dtype", "kv_cache_dtype_skip_layers", "kv_sharing_fast_prefill"),
+            members("cache_dtype", "kv_sharing_fast_prefill"),
         ),
         ("vllm.config:CacheConfig", members("kv_offloading_size")),
         ("vllm.config:AttentionConfig", members("use_non_causal")),
@@ -427,16 +427,64 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             "vllm.model_executor.layers.attention:Attention",
             sets("impl", "head_size", "kv_cache_dtype", "kv_cache_torch_dtype", "layer_name"),
         ),
+        ("vllm.model_executor.layers.attention:Attention.get_kv_cache_spec", takes("vllm_config")),
+        # Layers are renamed after loading: the model must ask for their name as it runs.
+        ("vllm.model_executor.layers.attention:Attention.forward", names("self.layer_name")),
+    ],
+    "attention/layer_cache.py": [
         # Scales of a quantised cache, on the host.
         (
             "vllm.model_executor.layers.attention:Attention",
             beside("    layer._k_scale_float = 1.0\n", "    layer._v_scale_float = 1.0\n"),
         ),
-        ("vllm.model_executor.layers.attention:Attention.get_kv_cache_spec", takes("vllm_config")),
-        # Layers are renamed after loading: the model must ask for their name as it runs.
-        ("vllm.model_executor.layers.attention:Attention.forward", names("self.layer_name")),
+        # How many scales there are, and scales of what is not quantised here.
+        (
+            "vllm.model_executor.layers.attention:Attention",
+            beside(
+                'register_buffer("_k_scale"', 'register_buffer("_v_scale"', "_q_scale_float = 1.0"
+            ),
+        ),
+        (
+            "vllm.model_executor.layers.attention:Attention",
+            beside('register_buffer("_prob_scale"'),
+        ),
+        # Scales are whole before the backend hears that weights have loaded.
+        (
+            "vllm.model_executor.model_loader.utils:process_weights_after_loading",
+            names(
+                "quant_method.process_weights_after_loading(module)",
+                "NOTE: Happens after other modules",
+                "module.process_weights_after_loading(model_config.dtype)",
+            ),
+        ),
+    ],
+    "checkpoint_cache.py": [
+        # The layers' own way from "auto" to what the checkpoint asks for.
+        (
+            "vllm.model_executor.layers.attention:Attention.__init__",
+            names('if kv_cache_scheme is not None and kv_cache_dtype == "auto":', '= "fp8"'),
+        ),
+        (
+            "vllm.utils.torch_utils:get_kv_cache_quant_algo_string",
+            names(
+                'quant_method.startswith("modelopt")', '"kv_cache_scheme"', '"kv_cache_quant_algo"'
+            ),
+        ),
+    ],
+    "skipped_layers.py": [
+        (
+            "vllm.model_executor.layers.attention:Attention.__init__",
+            names(
+                '"sliding_window" in cache_config', "if str(layer_idx) in cache_config", '= "auto"'
+            ),
+        ),
+        ("vllm.config:CacheConfig", members("kv_cache_dtype_skip_layers")),
     ],
     "attention/specs.py": [
+        (
+            "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype",
+            takes("kv_cache_dtype", "model_config"),
+        ),
         ("vllm.utils.torch_utils:get_dtype_size", None),
         (f"{INTERFACE}:get_kv_quant_mode", takes("kv_cache_dtype")),
         (f"{INTERFACE}:AttentionSpec", members("kv_quant_mode", "state_content_bytes")),

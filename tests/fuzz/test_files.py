@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.cases import fuzz, json_values, numbers, objects, words
 from tests.planning.models import write_model
+from tests.server.configs import cache_scheme
 from vllm_duo import HeadPattern
 from vllm_duo.heads.folder import CONFIG_NAME, TSV_NAME
 from vllm_duo.planning.plan import PlanRequest, plan_memory
@@ -149,7 +150,14 @@ model_keys = {
     "sliding_window": st.one_of(st.none(), st.integers(0, 4096)),
     "layer_types": st.just(["full_attention"] * LAYERS),
     "rope_scaling": st.sampled_from([None, {"rope_type": "yarn"}, {"type": "llama3"}]),
-    "quantization_config": st.just({"kv_cache_scheme": None}),
+    "quantization_config": st.sampled_from(
+        [
+            {"kv_cache_scheme": None},
+            {"quant_method": "compressed-tensors", "kv_cache_scheme": {"strategy": "tensor"}},
+            cache_scheme()["quantization_config"],
+            {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}},
+        ]
+    ),
     "kv_lora_rank": st.none(),
     "text_config": st.none(),
     "attn_config": st.just({"alibi": False}),

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kv_cache.layouts import token_bytes
 from vllm_duo.kv_cache.layout import KVShape, plan_layout
 from vllm_duo.kv_cache.span import ANY_LENGTH
 
@@ -25,6 +26,7 @@ def joint_layouts(draw):
             # A token of a head has 32 bytes; quantised, the retrieval heads' or all heads' 12.
             row_bytes=draw(st.sampled_from([None, 12])),
             streaming_quantised=draw(st.booleans()),
+            skipped_layers=frozenset(at for at in range(num_layers) if draw(st.booleans())),
         ),
         block_size=draw(st.sampled_from([1, 4, 16, 32])),
         sink_size=draw(st.integers(0, 20)),
@@ -43,11 +45,11 @@ class TestWindows:
     def test_every_head_has_one_bin_of_its_kind_that_fits_a_block(self, layout):
         streaming = [at for at, heads in enumerate(layout.shape.streaming_heads) if heads]
         assert sorted(layer for layers in layout.bins for layer in layers) == streaming
-        token = layout.shape.streaming_token_bytes
+        sizes = token_bytes(layout.shape)
         windows = layout.windows or [None] * len(layout.shape.streaming_heads)
         for layers, span in zip(layout.bins, layout.spans, strict=True):
-            heads = sum(layout.shape.streaming_heads[layer] for layer in layers)
-            assert heads * span.block_size * token <= layout.block_bytes
+            width = sum(sizes[layer][1] for layer in layers)
+            assert width * span.block_size <= layout.block_bytes
             kept = {
                 (layout.span.sink_size, layout.span.recent_size)
                 if windows[layer] is None
@@ -63,19 +65,15 @@ class TestWindows:
         shape = layout.shape
         windows = layout.windows or [None] * len(shape.streaming_heads)
         sizes = layout.span.sink_size + layout.span.recent_size
-        kept = sum(
-            heads * min(num_tokens, sizes if window is None else window)
-            for heads, window in zip(shape.streaming_heads, windows, strict=True)
+        layers = list(zip(token_bytes(shape), windows, strict=True))
+        needed = sum(
+            paged * num_tokens + ring * min(num_tokens, sizes if window is None else window)
+            for (paged, ring), window in layers
         )
-        needed = shape.num_retrieval * num_tokens * shape.token_bytes
-        needed += kept * shape.streaming_token_bytes
         assert layout.needed_bytes(num_tokens) == needed <= layout.held_bytes(num_tokens)
         assert 0 <= layout.waste(num_tokens) < 1
-        constant = sum(
-            heads * (sizes if window is None else window)
-            for heads, window in zip(shape.streaming_heads, windows, strict=True)
-        )
-        assert layout.constant_bytes(shape) == constant * shape.streaming_token_bytes
+        constant = sum(ring * (sizes if window is None else window) for (_, ring), window in layers)
+        assert layout.constant_bytes(shape) == constant
         longest = layout.max_request_tokens(layout.blocks(num_tokens) + 1)
         assert longest >= num_tokens
         if longest != ANY_LENGTH:

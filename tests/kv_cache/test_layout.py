@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kv_cache.layouts import lengths, plans, shape_of
+from tests.kv_cache.layouts import lengths, plans, shape_of, token_bytes
 from tests.published import published_layout
 from vllm_duo.heads.discovery import list_shipped
 from vllm_duo.kv_cache.capacity import Capacity
@@ -131,13 +131,6 @@ class TestRefusals:
             layout.bin_of(1)
 
 
-def token_bytes(shape):
-    """Bytes of a token in a retrieval and in a streaming head."""
-    model = 2 * shape.head_size * shape.dtype_bytes
-    quantised = model if shape.row_bytes is None else shape.row_bytes
-    return quantised, quantised if shape.streaming_quantised else model
-
-
 class TestStreamingHeadsInTheModelsDtype:
     """Beside retrieval heads of fewer bytes."""
 
@@ -186,9 +179,53 @@ class TestStreamingHeadsInTheModelsDtype:
             streaming_quantised=False,
             draft_token_bytes=0,
         )
-        assert [size % shape.dtype_bytes for size in token_bytes(shape)] == [0, 0]
+        for sizes in token_bytes(shape):
+            assert [size % shape.dtype_bytes for size in sizes] == [0, 0]
         layout = plan_layout(shape, block_size=layout.block_size, sink_size=20, recent_size=75)
         assert layout.block_bytes % shape.dtype_bytes == 0
+
+
+class TestLayersThatAreSkipped:
+    """Those of both classes that keep the model's dtype, beside quantised ones."""
+
+    def test_bytes_of_both_classes(self):
+        """Two layers with R = 1 and S = 3, D 128: a head's token has 136 bytes, in bf16 512.
+
+        16 tokens of both retrieval heads are 16 * 648 bytes. 3 heads of each class are 408 and 1,536
+        bytes a token, so 5 tokens of both layers fill a block (9,720 of 10,368), and 32 are 7 blocks.
+        """
+        shape = KVShape(
+            retrieval_heads=(1, 1),
+            streaming_heads=(3, 3),
+            head_size=128,
+            dtype_bytes=2,
+            row_bytes=136,
+            skipped_layers=frozenset({1}),
+        )
+        assert (shape.paged_token_bytes, shape.ring_token_bytes) == (648, 1944)
+        assert (shape.streaming_unit, shape.streaming_units) == (8, (51, 192))
+        layout = plan_layout(shape, block_size=16, sink_size=16, recent_size=16)
+        assert layout.bins == ((0, 1),)
+        assert (layout.block_bytes, layout.span.block_size) == (16 * 648, 5)
+        assert layout.blocks(160) == 10 + 7
+        assert layout.needed_bytes(160) == 160 * 648 + 32 * 1944
+        assert layout.constant_bytes(shape) == 32 * 1944
+        assert layout.full_attention_bytes(160) == 160 * 4 * 648
+
+    @settings(deadline=None)
+    @given(plans)
+    def test_all_layers_skipped_is_a_cache_that_is_not_quantised(self, layout):
+        shape, span = layout.shape, layout.span
+        sizes = {
+            "block_size": layout.block_size,
+            "sink_size": span.sink_size,
+            "recent_size": span.recent_size,
+        }
+        skipped = replace(shape, skipped_layers=frozenset(range(len(shape.retrieval_heads))))
+        plain = replace(shape, skipped_layers=frozenset(), row_bytes=None)
+        one, other = (plan_layout(each, **sizes) for each in (skipped, plain))
+        assert one.held_bytes(5000) == other.held_bytes(5000)
+        assert (one.bins, one.span) == (other.bins, other.span)
 
 
 class TestLayoutProperties:
@@ -201,13 +238,11 @@ class TestLayoutProperties:
 
     @given(plans)
     def test_no_group_is_wider_than_a_block(self, layout):
-        retrieval, streaming = token_bytes(layout.shape)
-        span = layout.span
-        paged = sum(layout.shape.retrieval_heads) * retrieval + layout.shape.draft_token_bytes
+        sizes, span = token_bytes(layout.shape), layout.span
+        paged = sum(retrieval for retrieval, _ in sizes) + layout.shape.draft_token_bytes
         groups = [paged * layout.block_size]
         for layers in layout.bins:
-            heads = sum(layout.shape.streaming_heads[layer] for layer in layers)
-            groups.append(heads * span.block_size * streaming)
+            groups.append(sum(sizes[layer][1] for layer in layers) * span.block_size)
         assert max(groups) <= layout.block_bytes
 
     @given(plans, lengths)
@@ -218,9 +253,8 @@ class TestLayoutProperties:
             position < span.sink_size or position > num_tokens - 1 - span.recent_size
             for position in range(num_tokens)
         )
-        retrieval, streaming = token_bytes(shape)
-        needed = sum(shape.retrieval_heads) * num_tokens * retrieval
-        needed += sum(shape.streaming_heads) * seen * streaming
+        sizes = token_bytes(shape)
+        needed = sum(retrieval * num_tokens + streaming * seen for retrieval, streaming in sizes)
         drafts = shape.draft_token_bytes * num_tokens
         assert layout.needed_bytes(num_tokens) == needed + drafts
 
@@ -306,6 +340,7 @@ class TestLayersOfOneClass:
             shape,
             retrieval_heads=with_empty_layer(shape.retrieval_heads),
             streaming_heads=with_empty_layer(shape.streaming_heads),
+            skipped_layers=frozenset(layer + (layer >= place) for layer in shape.skipped_layers),
         )
         assert held_bytes(longer) == held_bytes(shape)
 

@@ -10,29 +10,38 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.kv_cache.layouts import is_within_stock, partitions, plans, shape_of
+from tests.kv_cache.layouts import is_within_stock, partitions, plans, shape_of, token_bytes
 from vllm_duo.kv_cache.layout import KVShape, Layout, plan_layout
 from vllm_duo.kv_cache.search import HELD_TOLERANCE
 
 few_layers = st.lists(
     st.tuples(st.integers(0, 8), st.integers(0, 8)).filter(any), min_size=1, max_size=4
 ).filter(lambda heads: any(r for r, _ in heads) and any(s for _, s in heads))
+
+
+def _small_plan(heads, drafts, row, streaming_quantised, skipped, **sizes):
+    shape = shape_of(
+        [retrieval for retrieval, _ in heads],
+        [streaming for _, streaming in heads],
+        drafts,
+        row,
+        [layer for layer in skipped if layer < len(heads)],
+    )
+    return plan_layout(replace(shape, streaming_quantised=streaming_quantised), **sizes)
+
+
 small_plans = st.builds(
-    lambda heads, drafts, row, block_size, sink_size, recent_size, reference_tokens: plan_layout(
-        shape_of([r for r, _ in heads], [s for _, s in heads], drafts, row),
-        block_size=block_size,
-        sink_size=sink_size,
-        recent_size=recent_size,
-        reference_tokens=reference_tokens,
-    ),
+    _small_plan,
     few_layers,
     st.sampled_from([0, 0, 96, 1536]),
-    # Of a retrieval head's token; a streaming head's has 128 bytes.
+    # Of a quantised head's token; another's has 128 bytes.
     st.sampled_from([None, None, 24, 40]),
-    st.sampled_from([1, 3, 8, 16]),
-    st.integers(0, 9),
-    st.integers(1, 20),
-    st.sampled_from([5, 64, 32_768]),
+    st.booleans(),
+    st.sampled_from([(), (), (0,), (0, 2)]),
+    block_size=st.sampled_from([1, 3, 8, 16]),
+    sink_size=st.integers(0, 9),
+    recent_size=st.integers(1, 20),
+    reference_tokens=st.sampled_from([5, 64, 32_768]),
 )
 
 
@@ -40,14 +49,15 @@ def all_layouts(like: Layout):
     """Every layout of the same heads and sizes: each partition, ``P_s`` and tightest block."""
     shape = like.shape
     for bins in partitions([at for at, heads in enumerate(shape.streaming_heads) if heads]):
-        width = max((sum(shape.streaming_heads[at] for at in layers) for layers in bins), default=0)
+        sizes = token_bytes(shape)
+        width = max((sum(sizes[at][1] for at in layers) for layers in bins), default=0)
         for size in range(1, like.span.slots + 1):
             paged = shape.paged_token_bytes * like.block_size
             yield replace(
                 like,
                 bins=tuple(map(tuple, bins)),
                 span=replace(like.span, block_size=size),
-                block_bytes=max(paged, width * size * shape.streaming_token_bytes),
+                block_bytes=max(paged, width * size),
             )
 
 
@@ -109,7 +119,7 @@ class TestSearch:
         shape, slots = layout.shape, layout.span.slots
         assume(layout.has_retrieval and layout.bins and shape.has_one_format)
         paged = shape.paged_token_bytes * layout.block_size
-        size = paged // (shape.num_streaming * shape.streaming_token_bytes)
+        size = paged // shape.ring_token_bytes
         assume(size * (size + 1) >= slots - 1)
         assert all(is_within_stock(layout, n) for n in range(1, slots + 50))
         assert is_within_stock(layout, 10**6)

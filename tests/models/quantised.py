@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +52,15 @@ FORMATS = {
 }
 """What ``config.json`` says of each."""
 
+CACHE_SCHEME = {
+    "type": "float",
+    "num_bits": 8,
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
+"""compressed-tensors' words for a KV cache in fp8 with a scale of each layer's keys and its values."""
+
 STEPS = 63
 """Greatest weight in int8. On CPUs without VNNI oneDNN adds pairs of products in 16 bits: up to 63 they
 fit, up to 127 they do not and the served product is wrong by some per cent, with any backend."""
@@ -85,6 +95,36 @@ def quantise(model: Path, folder: Path, name: str = "int8") -> tuple[Path, Path]
         tensors = {each: tensor.contiguous() for each, tensor in weights.items()}
         save_file(tensors, folder / kind / "model.safetensors", metadata={"format": "pt"})
     return folder / name, folder / "float32"
+
+
+def with_cache_scales(model: Path, folder: Path, scales: Sequence[tuple[float, float]]) -> Path:
+    """Write a checkpoint of the same weights that asks for a KV cache in fp8.
+
+    Args:
+        model: whose weights it has.
+        folder: to write into.
+        scales: per layer of its keys and of its values.
+
+    Returns:
+        ``folder``.
+    """
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "compressed",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": CACHE_SCHEME,
+    }
+    weights = load_file(model / "model.safetensors")
+    for layer, (key, value) in enumerate(scales):
+        for name, scale in (("k_scale", key), ("v_scale", value)):
+            weights[f"model.layers.{layer}.self_attn.{name}"] = torch.tensor([scale])
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def _int8(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.planning.models import GIB, TOKENS, by_length, checkered, write_model
+from tests.server.configs import cache_scheme
 from vllm_duo.planning.plan import PlanRequest, plan_memory
 from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
 
@@ -229,6 +231,84 @@ def test_streaming_heads_in_bfloat16_beside_four_bits(tmp_path):
     # Full attention keeps four bits in every head.
     assert plan.full.bytes_per_token == 256 * 136
     assert plan.settings.streaming_cache_dtype == "model"
+
+
+def test_layers_that_are_skipped(tmp_path):
+    """Llama-3.1-8B's shape, of each layer's 8 heads 4 stream, the first and the last layer in bf16.
+
+    A token of a head has 264 bytes in int8 and 512 in bf16, in 30 layers of 4 heads and 2 of 4. A block
+    is 128 such tokens of the retrieval heads; 320 of the streaming heads, as many bytes each, are 3.
+    """
+    settings = {
+        "model": write_model(tmp_path / "model", 32, 32, 8, 4096),
+        "duo": {"pattern": checkered(tmp_path / "pattern", 32, 8)},
+        "kv_cache_bytes": 40 * GIB,
+        "max_model_len": TOKENS,
+        "kv_cache_dtype": "int8_per_token_head",
+    }
+    plan = plan_memory(PlanRequest(**settings, skip_layers=("0", "31")))
+    token = 30 * 4 * 264 + 2 * 4 * 512
+    assert plan.bytes_per_token == token
+    assert plan.constant_bytes_per_request == 320 * token
+    assert (plan.block_bytes, plan.num_blocks) == (128 * token, 40 * GIB // (128 * token))
+    assert plan.concurrent_requests == (plan.num_blocks - 1) / 259
+    # Full attention leaves out the same layers.
+    assert plan.full.bytes_per_token == 2 * token
+    assert plan.settings.skipped_layers == [0, 31]
+    with pytest.raises(
+        ValueError, match="expected layers from 0 to 31 or sliding_window, got '32'"
+    ):
+        plan_memory(PlanRequest(**settings, skip_layers=("32",)))
+
+
+class TestCacheOfTheCheckpoint:
+    """A KV cache in fp8, by its config.json: 256 bytes a token in a head of 128."""
+
+    @pytest.fixture
+    def plan(self, tmp_path):
+        def plan(quantisation=None, file=None, **flags):
+            settings = {} if quantisation is None else {"quantization_config": quantisation}
+            model = write_model(tmp_path / "model", 32, 32, 8, 4096, **settings)
+            if file is not None:
+                (tmp_path / "model" / "hf_quant_config.json").write_text(json.dumps(file))
+            duo = {"pattern": checkered(tmp_path / "pattern", 32, 8)}
+            pool = {"kv_cache_bytes": 4 * GIB, "max_model_len": TOKENS}
+            return plan_memory(PlanRequest(model=model, duo=duo, **pool, **flags))
+
+        return plan
+
+    def test_of_compressed_tensors(self, plan):
+        found = plan(cache_scheme()["quantization_config"])
+        assert found.bytes_per_token == 128 * 256
+        assert found.settings.kv_cache_dtype == "fp8"
+        assert found.notes == [
+            "the checkpoint asks for a KV cache in fp8, which --kv-cache-dtype auto gives it"
+        ]
+
+    def test_the_flag_comes_first(self, plan):
+        found = plan(cache_scheme()["quantization_config"], kv_cache_dtype="bfloat16")
+        assert found.bytes_per_token == 128 * 512
+
+    @pytest.mark.parametrize("beside", [True, False])
+    def test_of_modelopt(self, plan, beside):
+        keys = {"producer": {"name": "modelopt"}}
+        keys["quantization"] = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+        found = plan(**{"file" if beside else "quantisation": keys})
+        assert found.bytes_per_token == 128 * 256
+        assert found.settings.kv_cache_dtype == "fp8_e4m3"
+
+    def test_scales_of_each_head_are_refused(self, plan):
+        with pytest.raises(NotImplementedError, match="each head's own"):
+            plan(cache_scheme(strategy="attn_head")["quantization_config"])
+
+    def test_a_format_that_is_not_served_is_refused(self, plan):
+        with pytest.raises(NotImplementedError, match="--kv-cache-dtype nvfp4: use one of auto"):
+            plan({"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"})
+
+    def test_drafts_of_a_model_are_refused_with_it(self, plan, tmp_path):
+        drafts = {"draft_model": write_model(tmp_path / "draft", 2, 4, 2, 512)}
+        with pytest.raises(NotImplementedError, match="asks for a KV cache in fp8; use ngram"):
+            plan(cache_scheme()["quantization_config"], num_speculative_tokens=2, **drafts)
 
 
 def test_all_heads_streaming_fits_any_length(tmp_path):

@@ -111,3 +111,9 @@ class TestDrafts:
         settings = {"num_speculative_tokens": 4, "pipeline_parallel_size": 2}
         with pytest.raises(NotImplementedError, match="what drafts: --pipeline-parallel-size 2"):
             self.plan(tmp_path, draft_model=draft, **settings)
+
+    def test_a_draft_model_beside_layers_that_are_left_out(self, tmp_path):
+        draft = write_model(tmp_path / "draft", 16, 32, 8, 2048)
+        settings = {"num_speculative_tokens": 4, "skip_layers": ["0"], "kv_cache_dtype": "fp8"}
+        with pytest.raises(NotImplementedError, match="what drafts: --kv-cache-dtype-skip-layers"):
+            self.plan(tmp_path, draft_model=draft, **settings)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.models.quantised import CACHE_SCHEME
+
 PATTERN = "0.0\t1.0\n1.0\t0.25\n"  # 2 layers, 2 KV heads
 SIZES = {
     "hidden_size": 64,
@@ -22,6 +24,13 @@ SIZES = {
 
 def config_json(architecture: str, model_type: str, **settings) -> dict:
     return {"architectures": [architecture], "model_type": model_type, **SIZES, **settings}
+
+
+def cache_scheme(**settings) -> dict:
+    """A checkpoint that asks for its own KV cache."""
+    scheme = CACHE_SCHEME | settings
+    quantisation = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
+    return {"quantization_config": quantisation | {"ignore": [], "kv_cache_scheme": scheme}}
 
 
 LLAMA = config_json("LlamaForCausalLM", "llama")

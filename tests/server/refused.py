@@ -22,9 +22,11 @@ from tests.server.configs import (
     PALIGEMMA,
     TOKENS,
     WHISPER,
+    cache_scheme,
     config_json,
 )
 
+OTHER_SCALES = "quantised KV cache, other scales of the checkpoint"
 HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
 REFUSED_MODELS = {
     "soft-capped logits": (GEMMA_2, "soft-capped attention logits"),
@@ -62,17 +64,15 @@ REFUSED_MODELS = {
         config_json("BertModel", "bert"),
         "the task 'pooling': only text generation keeps a KV cache",
     ),
-    "quantised KV cache, by the checkpoint": (
-        LLAMA
-        | {
-            "quantization_config": {
-                "quant_method": "compressed-tensors",
-                "format": "dense",
-                "config_groups": {},
-                "kv_cache_scheme": {"num_bits": 8, "type": "float"},
-            }
-        },
-        "the checkpoint's own KV cache quantisation ({'num_bits': 8, 'type': 'float'})",
+    "quantised KV cache, scales of each head": (
+        LLAMA | cache_scheme(strategy="attn_head"),
+        "the checkpoint's own KV cache quantisation: its scales are each head's own (strategy "
+        "attn_head), and duo has one of a layer's keys and one of its values (strategy tensor)",
+    ),
+    "quantised KV cache, scales found while it runs": (
+        LLAMA | cache_scheme(dynamic=True),
+        "the checkpoint's own KV cache quantisation: its scales are found while it runs (dynamic), and "
+        "vLLM reads scales from the checkpoint or takes 1",
     ),
     "other head sizes": (LLAMA | {"head_dim": 24}, f"the head size 24: {HEAD_SIZES}"),
 }
@@ -80,6 +80,8 @@ REFUSED_MODELS = {
 ROWS = {
     "ALiBi by model": ("ALiBi",),
     "ALiBi by setting": ("ALiBi",),
+    "quantised KV cache, scales of each head": (OTHER_SCALES,),
+    "quantised KV cache, scales found while it runs": (OTHER_SCALES,),
 }
 CONNECTOR = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 PER_KIND = {"backend": "duo", "backend_per_kind": {"sliding_window": "CPU_ATTN"}}
@@ -109,10 +111,6 @@ REFUSED_SETTINGS = {
         "--kv-cache-dtype nvfp4: use one of auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2, "
         "fp8_per_token_head, int8_per_token_head, int4_per_token_head",
         {"kv_cache_dtype": "nvfp4"},
-    ),
-    "quantised KV cache, some layers": (
-        "--kv-cache-dtype-skip-layers: all layers' caches are of one type",
-        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
     ),
     "KV cache in another float type than the model": (
         "--kv-cache-dtype bfloat16 for a model in float32: use auto",

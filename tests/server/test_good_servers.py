@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tests.server.configs import GEMMA_3, GPT_OSS, MISTRAL, config_json, draft_model
+from tests.server.configs import (
+    GEMMA_3,
+    GPT_OSS,
+    LLAMA,
+    MISTRAL,
+    cache_scheme,
+    config_json,
+    draft_model,
+)
 from vllm_duo.drafts import Drafts
 from vllm_duo.heads import HeadPattern
 from vllm_duo.server_plan import resolve_plan
@@ -35,6 +43,55 @@ def test_what_streaming_heads_keep_is_logged(serve, messages, cache, kept, logge
     assert resolve_plan(config).resolved.streaming_cache_dtype == kept
     text = "duo: retrieval heads keep int8_per_token_head, streaming heads float32"
     assert sum(message.startswith(text) for _, message in messages) == logged
+
+
+@pytest.mark.parametrize(
+    ("flag", "kept", "logged"),
+    [
+        ("auto", "fp8", "and brings its scales"),
+        ("fp8", "fp8", "and brings its scales"),
+        ("int8_per_token_head", "int8_per_token_head", "not used with --kv-cache-dtype int8"),
+    ],
+)
+def test_cache_that_the_checkpoint_asks_for(serve, messages, flag, kept, logged):
+    """The scheduler's process would otherwise not know it: vLLM finds it out in the workers."""
+    config = serve(LLAMA | cache_scheme(), kv_cache_dtype=flag)
+    assert config.cache_config.cache_dtype == kept
+    (text,) = [text for _, text in messages if "the checkpoint asks" in text]
+    assert logged in text
+
+
+def test_stock_vllms_config_is_left_alone(serve):
+    config = serve(LLAMA | cache_scheme(), attention_backend=None, table=None)
+    assert config.cache_config.cache_dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [(["1"], {1}), (["sliding_window"], {0}), (["sliding_window", "1"], {0, 1})],
+)
+def test_layers_that_are_skipped(serve, messages, names, layers):
+    config = serve(GEMMA_3, kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=names)
+    assert resolve_plan(config).skipped_layers == layers
+    (text,) = [text for _, text in messages if "skip-layers" in text]
+    assert text.startswith(f"duo: layers {', '.join(map(str, sorted(layers)))} keep float32 (")
+
+
+def test_without_a_quantised_cache_nothing_is_skipped(serve, messages):
+    serve(kv_cache_dtype_skip_layers=["1"])
+    assert not [text for _, text in messages if "skip-layers" in text]
+
+
+def test_windows_that_hide_nothing_are_skipped_all_the_same(serve):
+    """As vLLM has it, which does not look at the longest request."""
+    skip = {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["sliding_window"]}
+    plan = resolve_plan(serve(GEMMA_3, max_model_len=32, **skip))
+    assert (plan.windows, plan.skipped_layers) == ((), {0})
+
+
+def test_no_such_layer_to_skip(serve):
+    with pytest.raises(ValueError, match="expected layers from 0 to 1 or sliding_window, got '2'"):
+        serve(kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=["2"])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

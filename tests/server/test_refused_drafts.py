@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from vllm.config.speculative import SpeculativeMethod
 
-from tests.server.configs import LLAMA, MISTRAL, draft_model, reasons_of
+from tests.server.configs import LLAMA, MISTRAL, cache_scheme, draft_model, reasons_of
 from vllm_duo import support
 
 METHODS = set(get_args(SpeculativeMethod))
@@ -95,6 +95,26 @@ def test_draft_model_in_several_stages(serve, tmp_path, method):
     assert (
         "what drafts: --pipeline-parallel-size 2 is not tested with one; use ngram or set it to 1"
         in reasons
+    )
+
+
+@LAYERS
+def test_draft_model_beside_a_cache_of_the_checkpoint(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", method=method)
+    (reason,) = reasons_of(serve, config=LLAMA | cache_scheme(), speculative_config=drafts)
+    assert reason == (
+        "what drafts: not tested beside a checkpoint that asks for a KV cache in fp8; use ngram"
+    )
+
+
+@LAYERS
+def test_draft_model_beside_layers_that_are_left_out(serve, tmp_path, method):
+    drafts = draft_model(tmp_path / "draft", method=method)
+    cache = {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}
+    (reason,) = reasons_of(serve, speculative_config=drafts, **cache)
+    assert reason == (
+        "what drafts: --kv-cache-dtype-skip-layers means layers of the model and would mean layers "
+        "that draft as well: leave it out or use ngram"
     )
 
 

@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_duo.attention.head_buffers import HeadBuffers
+from vllm_duo.attention.layer_cache import check_format, check_scales
 from vllm_duo.attention.metadata import DuoMetadata
 from vllm_duo.attention.retrieval_prefill import layer_kernel
 from vllm_duo.attention.sibling_cache import SUFFIX, UNUSED_SUFFIX, SiblingCache
@@ -118,12 +119,13 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         """Split the layer's heads and describe its caches; safe to call again on a reload."""
         if self.loaded_sinks is not None:
             self.sinks = self.loaded_sinks.detach().float().contiguous()
-        if self.heads is not None:
-            return
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next(
             (name, layer) for name, layer in context.items() if getattr(layer, "impl", None) is self
         )
+        check_scales(name, layer)
+        if self.heads is not None:
+            return
         index = extract_layer_index(name)
         if type(layer) is not Attention or layer.head_size_v != self.head_size:
             raise NotImplementedError(
@@ -137,6 +139,8 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             return
         plan = plan_of(self.vllm_config)
         self._check_window(plan, name, index)
+        skipped = index in plan.skipped_layers
+        check_format(name, layer, "auto" if skipped else self.vllm_config.cache_config.cache_dtype)
         rank = own_rank(plan)
         heads = HeadMap.from_mask(plan.retrieval_mask(index, rank), device)
         retrieval = partial(retrieval_spec, layer, len(heads.retrieval))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-from vllm.utils.torch_utils import get_dtype_size
+from vllm.utils.torch_utils import get_dtype_size, kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
 from vllm_duo.drafts import Drafts
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
 
 class CachedLayer(Protocol):
     """What the specs need of vLLM's ``Attention``."""
+
+    head_size: int
+    kv_cache_dtype: str
+    kv_cache_torch_dtype: torch.dtype
+
+
+@dataclass(kw_only=True)
+class StandIn:
+    """A layer whose cache has the server's format, as that of a layer that is skipped has not."""
 
     head_size: int
     kv_cache_dtype: str
@@ -85,9 +95,15 @@ def unused_spec(
     layout = _layout(layer, vllm_config)
     if group not in rank_caches(layout, rank).unused:
         return None
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    stand_in = StandIn(
+        head_size=layer.head_size,
+        kv_cache_dtype=cache_dtype,
+        kv_cache_torch_dtype=kv_cache_dtype_str_to_dtype(cache_dtype, vllm_config.model_config),
+    )
     if layout.has_retrieval and group == 0:
-        return retrieval_spec(layer, 1, vllm_config)
-    return _spec_of_bin(layer, group - layout.has_retrieval, 1, layout, vllm_config)
+        return retrieval_spec(stand_in, 1, vllm_config)
+    return _spec_of_bin(stand_in, group - layout.has_retrieval, 1, layout, vllm_config)
 
 
 def _spec_of_bin(
@@ -132,7 +148,7 @@ def _layout(layer: CachedLayer, vllm_config: VllmConfig) -> Layout:
     return plan_of(vllm_config).layout(
         head_size=layer.head_size,
         dtype_bytes=get_dtype_size(vllm_config.model_config.dtype),
-        row_bytes=row_bytes(layer.kv_cache_dtype, layer.head_size),
+        row_bytes=row_bytes(vllm_config.cache_config.cache_dtype, layer.head_size),
         block_size=vllm_config.cache_config.block_size,
         max_model_len=vllm_config.model_config.max_model_len,
         drafts=Drafts.of(vllm_config),

@@ -43,6 +43,9 @@ def plan(
     ] = False,
     dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM's.")] = "auto",
+    kv_cache_dtype_skip_layers: Annotated[
+        str | None, typer.Option(help="As vLLM's, with commas: 0,31,sliding_window.")
+    ] = None,
     streaming_cache_dtype: Annotated[
         str | None,
         typer.Option(help="With a quantised cache, what streaming heads keep: same or model."),
@@ -100,6 +103,7 @@ def plan(
         pipeline_parallel_size=pp,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        skip_layers=_parts(kv_cache_dtype_skip_layers),
         block_size=block_size,
         num_speculative_tokens=num_speculative_tokens,
         draft_model=draft_model,
@@ -139,9 +143,13 @@ def _length(flag: str, given: str | None) -> Any:
     return int(given)
 
 
+def _parts(given: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in given.split(",")) if given else ()
+
+
 def _lengths(given: str | None) -> tuple[int, ...]:
-    parts = given.split(",") if given else []
-    if any(not part.strip().isdigit() for part in parts):
+    parts = _parts(given)
+    if any(not part.isdigit() for part in parts):
         raise ValueError(
             f"--lengths: expected numbers of tokens as in 4096,32768, got {given!r}: correct it"
         )

@@ -18,7 +18,7 @@ from vllm_duo.drafts import Drafts, draft_model_of, is_made_for_drafts
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.logging import get_logger
 from vllm_duo.server_plan import BACKEND_PATH, has_duo_section, is_duo, resolve_plan
-from vllm_duo.support import check_supported, known_limits
+from vllm_duo.support import check_supported, facts_of, known_limits
 from vllm_duo.windows import describe, slides_throughout
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def prepare_server(vllm_config: VllmConfig) -> None:
                 path,
             )
         return
+    settle_cache_dtype(vllm_config)
     check_supported(vllm_config)
     plan = resolve_plan(vllm_config)
     if draft_model_of(vllm_config) is not None:
@@ -91,14 +92,46 @@ def prepare_server(vllm_config: VllmConfig) -> None:
         vllm_config.speculative_config.attention_backend = vllm_config.attention_config.backend
     _log_plan(plan, Drafts.of(vllm_config))
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype in FORMATS and not plan.streaming_quantised:
+    if cache_dtype in FORMATS:
+        _log_formats(plan, cache_dtype, str(vllm_config.model_config.dtype).removeprefix("torch."))
+    for limit in known_limits(vllm_config):
+        logger.warning("%s", limit)
+
+
+def settle_cache_dtype(vllm_config: VllmConfig) -> None:
+    """Let a checkpoint's own KV cache take the place of ``auto`` before anything is planned.
+
+    vLLM does the same later, as it builds the first layer: in the workers alone, whose config the
+    scheduler's process does not see.
+    """
+    cache = vllm_config.cache_config
+    own = facts_of(vllm_config.model_config).own_cache
+    if own.dtype == "auto" or own.problem:
+        return
+    if cache.cache_dtype == "auto":
+        cache.cache_dtype = own.dtype
+    text = "duo: the checkpoint asks for a KV cache in %s and brings its scales"
+    if cache.cache_dtype in (own.dtype, "fp8", "fp8_e4m3"):
+        logger.info(text, own.dtype)
+    else:
+        logger.info(text + ": not used with --kv-cache-dtype %s", own.dtype, cache.cache_dtype)
+
+
+def _log_formats(plan: ServerPlan, cache_dtype: str, model_dtype: str) -> None:
+    """Say what of a quantised cache keeps the model's numbers."""
+    if not plan.streaming_quantised:
         logger.info(
             "duo: retrieval heads keep %s, streaming heads %s (streaming_cache_dtype model)",
             cache_dtype,
-            str(vllm_config.model_config.dtype).removeprefix("torch."),
+            model_dtype,
         )
-    for limit in known_limits(vllm_config):
-        logger.warning("%s", limit)
+    if plan.skipped_layers:
+        logger.info(
+            "duo: layers %s keep %s (--kv-cache-dtype-skip-layers), the others %s",
+            ", ".join(map(str, sorted(plan.skipped_layers))),
+            model_dtype,
+            cache_dtype,
+        )
 
 
 def _log_plan(plan: ServerPlan, drafts: Drafts) -> None:

@@ -35,7 +35,7 @@ def engine_arguments(
     """Arguments of ``vllm.LLM``; stock's own attention where ``sparsity`` is None.
 
     Full attention keeps its cache in the model's own dtype, whatever ``kv_cache_dtype`` duo's has: what
-    quantising costs is part of what is judged.
+    quantising costs is part of what is judged. (Where the checkpoint asks for fp8 it has that.)
 
     Args:
         settings: of the run.

@@ -32,7 +32,7 @@ class Pool:
     """What all kinds share.
 
     Attributes:
-        head_bytes: bytes of one token in one streaming head.
+        unit_bytes: bytes of one token in one unit of a layer's width (``KVShape.streaming_unit``).
         paged_bytes: bytes of a block of the retrieval heads, on the rank where it is widest; 0: none.
         stock_bytes: bytes of a block with all heads paged.
         block_size: tokens of a retrieval block.
@@ -42,7 +42,7 @@ class Pool:
         bounded: whether no request may hold more than with all heads paged and one block a group.
     """
 
-    head_bytes: int
+    unit_bytes: int
     paged_bytes: int
     stock_bytes: int
     block_size: int
@@ -58,7 +58,7 @@ class Kind:
 
     Attributes:
         slots: of a request's run, in tokens.
-        widths: per rank, such heads of each layer.
+        widths: per rank, such heads of each layer, in units.
     """
 
     slots: int
@@ -128,24 +128,23 @@ def search_windows(
     for kind in dict.fromkeys([span, *kept]):
         widths = tuple(
             tuple(
-                heads if own == kind else 0
-                for heads, own in zip(rank.streaming_heads, kept, strict=True)
+                units if own == kind else 0
+                for units, own in zip(rank.streaming_units, kept, strict=True)
             )
             for rank in ranks
         )
         if any(map(any, widths)):
             kinds[kind] = Kind(kind.slots, widths)
-    head_bytes = ranks[0].streaming_token_bytes
     paged = max(rank.paged_token_bytes for rank in ranks)
-    streaming = max(rank.num_streaming for rank in ranks) * head_bytes
+    streaming = max(rank.ring_token_bytes for rank in ranks)
     loads = {
-        (rank.num_retrieval, *(sum(kind.widths[index]) for kind in kinds.values()))
+        (rank.paged_token_bytes, *(sum(kind.widths[index]) for kind in kinds.values()))
         for index, rank in enumerate(ranks)
     }
     choice = _search(
         list(kinds.values()),
         Pool(
-            head_bytes=head_bytes,
+            unit_bytes=ranks[0].streaming_unit,
             paged_bytes=paged * block_size,
             stock_bytes=(paged + streaming) * block_size,
             block_size=block_size,
@@ -207,7 +206,7 @@ def _search(kinds: Sequence[Kind], pool: Pool) -> JointChoice:
 
 
 def _packings(kind: Kind, max_bins: int) -> Iterator[tuple[Bins, int]]:
-    """The narrowest packing for each number of bins, and the heads of its widest bin."""
+    """The narrowest packing for each number of bins, and the units of its widest bin."""
     widest_layer = max(map(max, kind.widths))
     for num_bins in range(1, min(len(kind.widths[0]), max_bins) + 1):
         bins = spread_ranks(kind.widths, num_bins)
@@ -229,7 +228,7 @@ def _worthwhile_bytes(
         most = kind.slots if pool.paged_bytes else cdiv(kind.slots, pool.block_size)
         sizes = {cdiv(kind.slots, count) for count in range(1, most + 1)}
         for _, width in packed if pool.paged_bytes else packed[:1]:
-            found |= {width * pool.head_bytes * size for size in sizes}
+            found |= {width * pool.unit_bytes * size for size in sizes}
     least, most = pool.paged_bytes, max(pool.paged_bytes, pool.stock_bytes)
     within = sorted(size for size in found if least <= size <= most)
     return within or [min(found)]
@@ -246,7 +245,7 @@ def _candidates(
     for kind, packed in zip(kinds, packings, strict=True):
         useful: list[Packed] = []
         for bins, width in packed:
-            streaming_block = min(kind.slots, block_bytes // (width * pool.head_bytes))
+            streaming_block = min(kind.slots, block_bytes // (width * pool.unit_bytes))
             if streaming_block:
                 found = Packed(bins, streaming_block, kind.slots)
                 held = found.blocks(pool.reference_tokens)

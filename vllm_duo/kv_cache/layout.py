@@ -189,26 +189,26 @@ class Layout:
         if self.has_retrieval:
             rest = cdiv(num_tokens, self.block_size) * self.block_size - num_tokens
             growing += rest * rank.paged_token_bytes
-        for span, heads in self._runs(rank):
+        for span, token_bytes in self._runs(rank):
             if num_tokens < span.slots:
                 rest = span.blocks(num_tokens) * span.block_size - num_tokens
-                growing += rest * heads * rank.streaming_token_bytes
+                growing += rest * token_bytes
         return growing
 
     def _runs(self, rank: KVShape) -> tuple[tuple[StreamingSpan, int], ...]:
-        """Each kind of run and the streaming heads of a rank that have it."""
+        """Each kind of run, and the bytes of a token in a rank's streaming heads that have it."""
         if not self.bin_spans:
-            return ((self.span, rank.num_streaming),)
+            return ((self.span, rank.ring_token_bytes),)
         return self._runs_by_rank[rank]
 
     @cached_property
     def _runs_by_rank(self) -> dict[KVShape, tuple[tuple[StreamingSpan, int], ...]]:
         runs = {}
         for rank in self.ranks:
-            heads = dict.fromkeys(self.bin_spans, 0)
+            token_bytes = dict.fromkeys(self.bin_spans, 0)
             for layers, span in zip(self.bins, self.bin_spans, strict=True):
-                heads[span] += sum(rank.streaming_heads[layer] for layer in layers)
-            runs[rank] = tuple(heads.items())
+                token_bytes[span] += sum(map(rank.ring_layer_bytes, layers))
+            runs[rank] = tuple(token_bytes.items())
         return runs
 
     def num_blocks(self, pool_bytes: int) -> int:
@@ -285,12 +285,16 @@ class Layout:
         Worked example: S = 5 heads in all, sink 64, recent 256, D = 128, 2 bytes: 5 * 320 * 512 =
         819,200 bytes.
         """
-        kept = sum((span.sink_size + span.recent_size) * n for span, n in self._runs(rank))
-        return kept * rank.streaming_token_bytes
+        return sum(
+            (span.sink_size + span.recent_size) * token_bytes
+            for span, token_bytes in self._runs(rank)
+        )
 
     def _needed_bytes(self, rank: KVShape, num_tokens: int) -> int:
-        kept = sum(span.kept_tokens(num_tokens) * heads for span, heads in self._runs(rank))
-        return rank.paged_token_bytes * num_tokens + kept * rank.streaming_token_bytes
+        kept = sum(
+            span.kept_tokens(num_tokens) * token_bytes for span, token_bytes in self._runs(rank)
+        )
+        return rank.paged_token_bytes * num_tokens + kept
 
 
 def plan_layout(

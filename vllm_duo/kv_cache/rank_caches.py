@@ -18,7 +18,8 @@ class RankCaches:
 
     A group without heads of this rank has one unused cache of one head, in the rank's first layer:
     vLLM's groups may not be empty. It costs nothing, since some rank has at least as wide a cache
-    there and all ranks hold as many blocks.
+    there and all ranks hold as many blocks. It has the bytes of a head of a layer that is not skipped
+    (``KVShape.skipped_layers``), which are the fewest.
 
     Attributes:
         groups: the heads of each cache by layer, of each KV cache group: that of the retrieval heads,
@@ -68,13 +69,16 @@ def rank_block_bytes(layout: Layout, rank: int) -> int:
     Worked example: 3 retrieval heads on rank 0 and 5 on rank 1, 16 tokens a block and narrow bins: 48
     and 80 tokens of a head.
     """
-    groups, own = rank_caches(layout, rank).groups, layout.ranks[rank]
-    head_bytes = [own.streaming_token_bytes for _ in layout.spans]
-    tokens = [span.block_size for span in layout.spans]
-    if layout.has_retrieval:
-        head_bytes.insert(0, own.token_bytes)
-        tokens.insert(0, layout.block_size)
-    widths = [sum(group.values()) * size for group, size in zip(groups, head_bytes, strict=True)]
-    if layout.has_retrieval:
-        widths[0] += own.draft_token_bytes
-    return max(width * size for width, size in zip(widths, tokens, strict=True))
+    caches, own = rank_caches(layout, rank), layout.ranks[rank]
+    widest = 0
+    for index, group in enumerate(caches.groups):
+        is_paged = layout.has_retrieval and index == 0
+        if index in caches.unused:
+            width = own.token_bytes if is_paged else own.streaming_token_bytes
+        elif is_paged:
+            width = own.paged_token_bytes
+        else:
+            width = sum(map(own.ring_layer_bytes, group))
+        span = None if is_paged else layout.spans[index - layout.has_retrieval]
+        widest = max(widest, width * (layout.block_size if span is None else span.block_size))
+    return widest

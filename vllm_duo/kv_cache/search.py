@@ -79,10 +79,11 @@ class _Search:
     def __init__(
         self, ranks: Sequence[KVShape], block_size: int, slots: int, reference_tokens: int
     ) -> None:
-        self.streaming = [rank.streaming_heads for rank in ranks]
-        self.head_bytes = ranks[0].streaming_token_bytes
-        self.most_streaming = max(rank.num_streaming for rank in ranks)
-        totals = {(rank.num_retrieval, rank.num_streaming) for rank in ranks}
+        # Widths of layers are counted in units: heads, where a token has as many bytes in all of them.
+        self.streaming = [rank.streaming_units for rank in ranks]
+        self.unit_bytes = ranks[0].streaming_unit
+        self.most_streaming = max(map(sum, self.streaming))
+        totals = {(rank.paged_token_bytes, rank.ring_token_bytes) for rank in ranks}
         self.is_bounded = len(totals) == 1 and ranks[0].has_one_format
         self.block_size = block_size
         self.slots = slots
@@ -91,7 +92,7 @@ class _Search:
         # Bytes of a block of the retrieval group, and of all heads' as stock has it, but for the dtype
         # of streaming heads where they keep their own.
         self.retrieval_width = max(rank.paged_token_bytes for rank in ranks) * block_size
-        streaming_width = self.most_streaming * self.head_bytes * block_size
+        streaming_width = self.most_streaming * self.unit_bytes * block_size
         self.stock_width = self.retrieval_width + streaming_width
         self.widest_layer = max(max(widths, default=0) for widths in self.streaming)
 
@@ -131,18 +132,18 @@ class _Search:
         """
         streaming_block = cdiv(self.slots, cdiv(self.slots, self.block_size))
         bins = spread_ranks(self.streaming, 1) if self.most_streaming else ()
-        width = max(self.retrieval_width, self.most_streaming * self.head_bytes * streaming_block)
+        width = max(self.retrieval_width, self.most_streaming * self.unit_bytes * streaming_block)
         return _Candidate(bins=bins, streaming_block=streaming_block, block_bytes=width, held=0)
 
     def _width(self, bins: Bins) -> int:
-        """Heads of the widest bin, on the rank where it is widest."""
+        """Units of the widest bin, on the rank where it is widest."""
         return max(
             sum(widths[layer] for layer in layers) for widths in self.streaming for layers in bins
         )
 
     def _candidates(self, bins: Bins) -> Iterator[_Candidate]:
         """Every ``P_s`` for these bins, from the largest that needs no wider blocks."""
-        width = self._width(bins) * self.head_bytes
+        width = self._width(bins) * self.unit_bytes
         first = min(self.slots, self.retrieval_width // width)
         last = min(self.slots, self.stock_width // width)
         for streaming_block in range(max(first, 1), max(first, last, 1) + 1):
@@ -156,9 +157,9 @@ class _Search:
             )
 
     def _least_held(self, num_bins: int, narrowest: int) -> int:
-        """What a request holds at least, if no bin can be narrower than ``narrowest`` heads."""
-        wider = (self.retrieval_width // self.head_bytes + 1) * self.head_bytes
-        token_bytes = narrowest * self.head_bytes
+        """What a request holds at least, if no bin can be narrower than ``narrowest`` units."""
+        wider = (self.retrieval_width // self.unit_bytes + 1) * self.unit_bytes
+        token_bytes = narrowest * self.unit_bytes
         bound = self.retrieval_blocks * wider + num_bins * max(token_bytes * self.reach, wider)
         streaming_block = min(self.slots, self.retrieval_width // token_bytes)
         if not streaming_block:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
+from math import gcd
 
 from vllm_duo.kv_cache.ranks import own_heads, split_problem
 
@@ -21,6 +23,7 @@ class KVShape:
         row_bytes: bytes of one token in one KV head of a quantised cache (``CacheFormat.row_bytes``).
         streaming_quantised: False: only the retrieval heads' cache is, and the streaming heads keep
             the model's own dtype.
+        skipped_layers: whose caches, of both classes, keep the model's own dtype, too.
         draft_token_bytes: bytes of one token in all layers of a draft model, whose heads keep every
             token and may have another size; they lie in the retrieval heads' blocks.
     """
@@ -31,6 +34,7 @@ class KVShape:
     dtype_bytes: int
     row_bytes: int | None = None
     streaming_quantised: bool = True
+    skipped_layers: frozenset[int] = frozenset()
     draft_token_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -38,6 +42,11 @@ class KVShape:
             raise ValueError(
                 f"retrieval_heads has {len(self.retrieval_heads)} layers and streaming_heads "
                 f"{len(self.streaming_heads)}: both need one entry per layer"
+            )
+        if not self.skipped_layers <= set(range(len(self.retrieval_heads))):
+            raise ValueError(
+                f"skipped_layers: expected layers below {len(self.retrieval_heads)}, got "
+                f"{sorted(self.skipped_layers)}: correct them"
             )
 
     @classmethod
@@ -49,6 +58,7 @@ class KVShape:
         dtype_bytes: int,
         row_bytes: int | None = None,
         streaming_quantised: bool = True,
+        skipped_layers: frozenset[int] = frozenset(),
         tensor_parallel_size: int = 1,
         draft_token_bytes: int = 0,
         stage_sizes: Sequence[int] | None = None,
@@ -63,6 +73,7 @@ class KVShape:
             dtype_bytes: bytes of one number of the model's own dtype.
             row_bytes: bytes of one token in one KV head of a quantised cache.
             streaming_quantised: whether the streaming heads' cache is, too.
+            skipped_layers: whose caches are not.
             tensor_parallel_size: ranks of a stage.
             stage_sizes: layers of each pipeline stage (``ranks.stage_sizes``); None: one stage.
             draft_token_bytes: bytes of one token in a draft model's layers on each rank.
@@ -105,6 +116,7 @@ class KVShape:
                         dtype_bytes=dtype_bytes,
                         row_bytes=row_bytes,
                         streaming_quantised=streaming_quantised,
+                        skipped_layers=skipped_layers,
                         draft_token_bytes=draft_token_bytes,
                     )
                 )
@@ -124,7 +136,7 @@ class KVShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys, values and scales in one retrieval head.
+        """Bytes of one token's keys, values and scales in one retrieval head of a layer not skipped.
 
         Worked example: D = 128, bfloat16: 512 bytes. Quantised to a byte each, with two scales: 264.
         """
@@ -141,12 +153,48 @@ class KVShape:
 
     @property
     def has_one_format(self) -> bool:
-        """Whether a token takes as many bytes in a head of either class."""
-        return self.streaming_token_bytes == self.token_bytes
+        """Whether a token takes as many bytes in a layer's heads of either class."""
+        all_skipped = len(self.skipped_layers) == len(self.retrieval_heads)
+        return self.streaming_token_bytes == self.token_bytes or all_skipped
 
     @property
     def _model_token_bytes(self) -> int:
         return 2 * self.head_size * self.dtype_bytes
+
+    def paged_layer_bytes(self, layer: int) -> int:
+        """Bytes of one token in a layer's retrieval heads.
+
+        Worked example: R = 3, D = 128, bfloat16 and fp8: 768 bytes, in a layer that is skipped 1,536.
+        """
+        skipped = layer in self.skipped_layers
+        return self.retrieval_heads[layer] * (
+            self._model_token_bytes if skipped else self.token_bytes
+        )
+
+    def ring_layer_bytes(self, layer: int) -> int:
+        """The same in its streaming heads."""
+        skipped = layer in self.skipped_layers
+        head_bytes = self._model_token_bytes if skipped else self.streaming_token_bytes
+        return self.streaming_heads[layer] * head_bytes
+
+    @property
+    def streaming_unit(self) -> int:
+        """Bytes of which every layer's ``ring_layer_bytes`` is a multiple.
+
+        Worked example: D = 128, bfloat16 and fp8: 256 bytes; 512 if no layer is quantised. With two
+        scales, 264 and 512 bytes a head: 8.
+        """
+        if not self.skipped_layers:
+            return self.streaming_token_bytes
+        return gcd(self.streaming_token_bytes, self._model_token_bytes)
+
+    @property
+    def streaming_units(self) -> tuple[int, ...]:
+        """Per layer its ``ring_layer_bytes`` in units: without skipped layers its streaming heads."""
+        unit = self.streaming_unit
+        return tuple(
+            self.ring_layer_bytes(layer) // unit for layer in range(len(self.streaming_heads))
+        )
 
     @property
     def num_retrieval(self) -> int:
@@ -158,14 +206,20 @@ class KVShape:
         """Streaming heads of all layers."""
         return sum(self.streaming_heads)
 
-    @property
+    @cached_property
     def paged_token_bytes(self) -> int:
         """Bytes of one token that stay for good: the retrieval heads' and a draft model's.
 
         Worked example: R = 3 heads in all, D = 128, 2 bytes, a draft model of 2 layers with one KV
         head of 64 elements: 3 * 512 + 2 * 256 = 2,048 bytes.
         """
-        return self.num_retrieval * self.token_bytes + self.draft_token_bytes
+        own = sum(map(self.paged_layer_bytes, range(len(self.retrieval_heads))))
+        return own + self.draft_token_bytes
+
+    @cached_property
+    def ring_token_bytes(self) -> int:
+        """Bytes of one token in all streaming heads."""
+        return sum(map(self.ring_layer_bytes, range(len(self.streaming_heads))))
 
     def paged(self, slides: Sequence[bool]) -> KVShape:
         """The same heads, all of them paged but for those of the layers that slide, in one format.
@@ -191,13 +245,16 @@ def check_ranks(ranks: Sequence[KVShape]) -> None:
         ValueError: there are none, they are of different models, or they have no heads at all.
     """
     kinds = {
-        (rank.head_size, rank.token_bytes, rank.streaming_token_bytes, len(rank.retrieval_heads))
+        (
+            *(rank.head_size, rank.token_bytes, rank.streaming_token_bytes),
+            *(len(rank.retrieval_heads), *sorted(rank.skipped_layers)),
+        )
         for rank in ranks
     }
     if len(kinds) != 1:
         raise ValueError(
-            "expected one shape per rank, all of one head_size, token_bytes and number of layers, "
-            f"got {len(ranks)} ranks with {sorted(kinds)}: use KVShape.split"
+            "expected one shape per rank, all of one head_size, token_bytes, number of layers and "
+            f"skipped layers, got {len(ranks)} ranks with {sorted(kinds)}: use KVShape.split"
         )
     if not any(rank.num_retrieval or rank.num_streaming for rank in ranks):
         raise ValueError("expected at least one KV head, got none: pass the heads of every layer")

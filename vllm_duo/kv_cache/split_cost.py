@@ -112,6 +112,7 @@ def replan(
         dtype_bytes=own.dtype_bytes,
         row_bytes=own.row_bytes,
         streaming_quantised=own.streaming_quantised,
+        skipped_layers=own.skipped_layers,
         tensor_parallel_size=ranks,
         draft_token_bytes=drafts.token_bytes(ranks),
         stage_sizes=stage_sizes,

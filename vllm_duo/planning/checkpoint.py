@@ -16,10 +16,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr, ValidationError
 
+from vllm_duo.checkpoint_cache import checkpoint_cache, find_quantisation
 from vllm_duo.model_facts import ModelFacts
 from vllm_duo.windows import SLIDING, Windows, layer_windows
 
 CONFIG_NAME = "config.json"
+QUANTISATION_NAME = "hf_quant_config.json"
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -121,6 +123,7 @@ class _Types(BaseModel):
 
     architectures: list[StrictStr] | None = None
     attention_chunk_size: StrictInt | None = None
+    compression_config: dict[str, Any] | None = None
     kv_lora_rank: StrictInt | None = None
     layer_types: list[StrictStr] | None = None
     max_position_embeddings: StrictInt | None = None
@@ -166,6 +169,17 @@ def read_checkpoint(model: str) -> Checkpoint:
         ValueError: there is no such file, it is not a JSON object, or a figure is missing or bad.
     """
     file = _find(model)
+    config = _json_object(file)
+    _check_types(file, config)
+    return _Reader(model, file, config).checkpoint()
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ValueError: there is none in it.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON or UTF-8
@@ -174,8 +188,7 @@ def read_checkpoint(model: str) -> Checkpoint:
         ) from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}: correct it")
-    _check_types(file, config)
-    return _Reader(model, file, config).checkpoint()
+    return config
 
 
 def _check_types(file: Path, config: dict[str, Any]) -> None:
@@ -259,7 +272,6 @@ class _Reader:
     def facts(self) -> ModelFacts:
         heads = self.figure("num_attention_heads")
         layer_types = self.text.get("layer_types") or []
-        quantisation = self.config.get("quantization_config") or {}
         attention = self.text.get("attn_config")
         architecture = (self.config.get("architectures") or ["ForCausalLM"])[0]
         caps = ("attn_logit_softcapping", "attn_logits_soft_cap")
@@ -287,9 +299,16 @@ class _Reader:
             or (isinstance(attention, dict) and bool(attention.get("alibi"))),
             is_not_causal="rswa_window" in self.config or "canvas_length" in self.config,
             has_noops=bool(self.text.get("block_configs")),
-            kv_cache_scheme=quantisation.get("kv_cache_scheme"),
+            own_cache=checkpoint_cache(self.quantisation()),
             shares_caches=bool(self.text.get("num_kv_shared_layers")),
         )
+
+    def quantisation(self) -> Mapping[str, Any]:
+        """How the weights are quantised; ModelOpt's older checkpoints say so in a file of its own."""
+        beside = self.file.with_name(QUANTISATION_NAME)
+        if self.config.get("quantization_config") is None and beside.is_file():
+            return _json_object(beside)
+        return find_quantisation(self.config, self.text)
 
     @property
     def multimodal(self) -> str | None:

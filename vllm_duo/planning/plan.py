@@ -11,10 +11,11 @@ from vllm_duo.drafts import Drafts
 from vllm_duo.kv_cache.capacity import Capacity
 from vllm_duo.kv_cache.formats import FORMATS, row_bytes
 from vllm_duo.kv_cache.layout import Layout
-from vllm_duo.model_facts import draft_refusals, model_refusals
+from vllm_duo.model_facts import ModelFacts, draft_refusals, model_refusals
 from vllm_duo.planning.checkpoint import Checkpoint, read_checkpoint
 from vllm_duo.planning.schema import LengthPlan, MemoryPlan, Plan, PlanSettings
 from vllm_duo.server_plan import ServerPlan, make_plan
+from vllm_duo.skipped_layers import skipped_layers
 from vllm_duo.support import cache_dtype_refusal, draft_model_refusals, refuse
 from vllm_duo.windows import describe, in_force, slides_throughout
 
@@ -48,6 +49,7 @@ class PlanRequest:
         pipeline_parallel_size: stages.
         dtype: vLLM's ``--dtype``.
         kv_cache_dtype: vLLM's ``--kv-cache-dtype``.
+        skip_layers: vLLM's ``--kv-cache-dtype-skip-layers``.
         block_size: tokens of a retrieval block.
         num_speculative_tokens: drafts of a step, of vLLM's ``--speculative-config``; 0 without.
         draft_model: folder or Hugging Face id of the model that drafts, if one does.
@@ -64,6 +66,7 @@ class PlanRequest:
     pipeline_parallel_size: int = 1
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    skip_layers: Sequence[str] = ()
     block_size: int = DEFAULT_BLOCK_SIZE
     num_speculative_tokens: int = 0
     draft_model: str | None = None
@@ -85,6 +88,9 @@ def plan_memory(request: PlanRequest) -> Plan:
     if request.language_model_only:
         facts = replace(facts, multimodal=None)
     refuse(list(model_refusals(facts)))
+    own_dtype = facts.own_cache.dtype
+    if request.kv_cache_dtype == "auto" and own_dtype != "auto":
+        request = replace(request, kv_cache_dtype=own_dtype)
     # As the server, which cannot know yet what "auto" will come to.
     longest = _model_length(request, checkpoint)
     server = make_plan(
@@ -95,9 +101,12 @@ def plan_memory(request: PlanRequest) -> Plan:
         request.tensor_parallel_size,
         request.pipeline_parallel_size,
         in_force(facts.windows or (), longest),
+        skipped_layers(request.skip_layers, facts.num_layers, facts.windows or ()),
     )
     dtype = _dtype(request, checkpoint)
-    drafts = _drafts(request, dtype, checkpoint.facts.multimodal)
+    if request.kv_cache_dtype not in ("auto", *CACHE_DTYPES):  # the checkpoint's own
+        refuse([str(cache_dtype_refusal(request.kv_cache_dtype, dtype))])
+    drafts = _drafts(request, dtype, checkpoint.facts)
     layout = server.layout(
         head_size=facts.head_size,
         block_size=request.block_size,
@@ -183,13 +192,19 @@ def _unquantised(layout: Layout, drafts: Drafts, ranks: int) -> Layout:
     return replace(layout, ranks=tuple(shapes))
 
 
-def _drafts(request: PlanRequest, dtype: str, multimodal: str | None) -> Drafts:
+def _drafts(request: PlanRequest, dtype: str, served: ModelFacts) -> Drafts:
     """What speculative decoding adds; a draft model has the numbers of the model that it drafts for."""
     if request.draft_model is None:
         return Drafts(size=request.num_speculative_tokens)
     facts = read_checkpoint(request.draft_model).facts
     reasons = draft_refusals(facts, request.tensor_parallel_size)
-    refuse([*reasons, *draft_model_refusals(request.pipeline_parallel_size, multimodal)])
+    served_with = draft_model_refusals(
+        request.pipeline_parallel_size,
+        served.multimodal,
+        served.own_cache.dtype,
+        bool(request.skip_layers),
+    )
+    refuse([*reasons, *served_with])
     return Drafts(
         size=request.num_speculative_tokens,
         num_layers=facts.num_layers,
@@ -293,6 +308,7 @@ def _settings(
         head_size=checkpoint.facts.head_size,
         dtype=dtype,
         kv_cache_dtype=request.kv_cache_dtype,
+        skipped_layers=sorted(server.skipped_layers) if request.kv_cache_dtype in FORMATS else [],
         streaming_cache_dtype=resolved.streaming_cache_dtype,
         block_size=request.block_size,
         num_speculative_tokens=request.num_speculative_tokens,
@@ -314,6 +330,9 @@ def _ratio(duo: float, full: float) -> float | None:
 def _notes(
     request: PlanRequest, checkpoint: Checkpoint, dtype: str, duo: MemoryPlan, longest: int
 ) -> Iterator[str]:
+    own_dtype = checkpoint.facts.own_cache.dtype
+    if own_dtype != "auto":
+        yield f"the checkpoint asks for a KV cache in {own_dtype}, which --kv-cache-dtype auto gives it"
     for flag, cache in (
         ("--kv-cache-dtype", request.kv_cache_dtype),
         ("--draft-kv-cache-dtype", request.draft_kv_cache_dtype or "auto"),

@@ -68,7 +68,12 @@ class PlanSettings(_Frozen):
     num_kv_heads: int = Field(description="of one layer, over all ranks")
     head_size: int
     dtype: str = Field(description="of the model")
-    kv_cache_dtype: str = Field(description="as given; auto is the model's")
+    kv_cache_dtype: str = Field(
+        description="as given, or for auto what the checkpoint asks for; auto is the model's"
+    )
+    skipped_layers: list[int] = Field(
+        default=[], description="layers whose cache keeps the model's dtype beside a quantised one"
+    )
     streaming_cache_dtype: Literal["same", "model"] = Field(
         default="same", description="of the streaming heads: as kv_cache_dtype, or the model's own"
     )

@@ -36,6 +36,8 @@ def _heading(plan: Plan) -> str:
         drafts += f" (KV cache {found.draft_kv_cache_dtype})"
     keeps_own = found.streaming_cache_dtype == "model" and found.kv_cache_dtype in FORMATS
     apart = f", streaming heads {found.dtype}" * keeps_own
+    skipped = len(found.skipped_layers)
+    apart += f", {skipped} of {found.num_layers} layers {found.dtype}" * bool(skipped)
     number = found.tensor_parallel_size * found.pipeline_parallel_size
     ranks = f", each of {number} ranks" * (number > 1)
     return (
