@@ -38,6 +38,10 @@ def patch_scheduler(module: ModuleType) -> None:
         orders = take_orders(self.kv_cache_manager)
         if orders:
             setattr(output, ATTRIBUTE, orders)
+        plan_saves = getattr(self.connector, "plan_saves", None)
+        if plan_saves is not None:
+            # vLLM asks its connector before the last snapshots of the step are known.
+            plan_saves(output, self.requests, orders)
         return output
 
     module.Scheduler.schedule = schedule
