@@ -1,31 +1,35 @@
-"""Prefixes in files: answers after a load are those of a cold cache, whatever became of the files."""
+"""Prefixes in files: a prompt that is resumed from them gets the answer of a cold cache."""
 
 from __future__ import annotations
 
+import json
 import random
+import time
 
 import pytest
-from vllm.lora.request import LoRARequest
 
-from tests.e2e.engine import write_pattern
+from tests.e2e.needle import greedy_ids, serve
+from tests.e2e.needle import prompts as prompts_of_needle
 from tests.e2e.stepper import Stepper
-from tests.e2e.storage import record_loads, storing_engine, written
-from tests.e2e.test_exactness import mask_of, prompts_of
-from tests.models.adapters import RANK, make_adapter
-from tests.models.random_models import Shape, make_model
-from tests.oracle import Oracle, assert_right
-from vllm_duo.kv_transfer import store as store_module
+from tests.e2e.storage import (
+    BLOCK,
+    NEW_TOKENS,
+    SHAPE,
+    asked,
+    json_config,
+    oracle_of,
+    record_loads,
+    stored_end,
+    storing_engine,
+    tokens_of,
+    write_patterns,
+    written,
+)
+from tests.e2e.test_exactness import prompts_of
+from tests.oracle import assert_right
 
 pytestmark = pytest.mark.engine
 
-SHAPE = Shape("llama", group=2, head_size=32, kv_heads=4)
-SINK, RECENT = 20, 75
-BLOCK = 16
-NEW_TOKENS = 24
-MASKS = {
-    **{name: mask_of(name, SHAPE.kv_heads) for name in ("mixed", "streaming", "retrieval")},
-    "several bins": [[True, False, False, False]] * 3,
-}
 # Shorter than the ring, at a block's edge, over several chunks.
 LENGTHS = (10, 16, 17, 40, 96, 333, 900)
 
@@ -37,55 +41,72 @@ def model(checkpoint):
 
 @pytest.fixture(scope="module")
 def pattern_of(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("patterns")
-    return {name: write_pattern(folder / name, mask) for name, mask in MASKS.items()}
+    return write_patterns(tmp_path_factory.mktemp("patterns"))
 
 
-@pytest.fixture
-def warnings(monkeypatch):
-    """What the storage warns of."""
-    told = []
-    monkeypatch.setattr(
-        store_module.logger, "warning", lambda text, *args: told.append(text % args)
-    )
-    return told
+def wait_for_files(folder, rings):
+    """Wait until a server has written what it stores: so many rings, and nothing for a second."""
+    deadline, last = time.monotonic() + 60, []
+    while len([path for path in last if path.suffix == ".ring"]) < rings or last != sorted(
+        folder.glob("*/*/*")
+    ):
+        assert time.monotonic() < deadline, last
+        last = sorted(folder.glob("*/*/*"))
+        time.sleep(1)
 
 
-def stored_end(prompt):
-    """Tokens of a prompt that a repetition resumes at."""
-    return (len(prompt) - 1) // BLOCK * BLOCK
+def external_tokens(running):
+    """Tokens asked of and found in files so far, as ``/metrics`` has them."""
+    values = {
+        each.name: each.value for each in running.llm.get_metrics() if "external" in each.name
+    }
+    names = ("queries", "hits")
+    return [values.get(f"vllm:external_prefix_cache_{name}", 0) for name in names]
 
 
-def oracle_of(model, name="mixed"):
-    return Oracle(model, MASKS[name], SINK, RECENT)
-
-
-def asked(running, monkeypatch, prompts, **sampling):
-    """Answers of prompts one after another, and the tokens that each took from files."""
-    stepper, loads = Stepper(running, monkeypatch), record_loads(running)
-    answers = [
-        stepper.ask(str(index), prompt, max_tokens=NEW_TOKENS, **sampling)
-        for index, prompt in enumerate(prompts)
-    ]
-    return answers, [loads[str(index)] for index in range(len(prompts))]
-
-
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "name",
+    ["mixed", "streaming", "retrieval", pytest.param("several bins", marks=pytest.mark.slow)],
+)
 @pytest.mark.feature("prefixes in files")
 def test_prefixes_survive_a_restart(name, model, pattern_of, tmp_path, monkeypatch):
     prompts = prompts_of(LENGTHS, seed=60)
     runs = []
     for _ in range(2):
         with storing_engine(
-            model, pattern_of[name], tmp_path / "kv", max_num_batched_tokens=256
+            model,
+            pattern_of[name],
+            tmp_path / "kv",
+            max_num_batched_tokens=256,
+            disable_log_stats=False,
         ) as running:
+            before = external_tokens(running)
             runs.append(asked(running, monkeypatch, prompts))
+            queries, hits = (
+                now - then for now, then in zip(external_tokens(running), before, strict=True)
+            )
     (first, cold), (second, loaded) = runs
     assert cold == [0] * len(prompts)
     assert loaded == [stored_end(prompt) for prompt in prompts]
-    assert [answer.tokens for answer in second] == [answer.tokens for answer in first]
-    assert_right(oracle_of(model, name), prompts, first)
-    assert_right(oracle_of(model, name), prompts, second)
+    assert tokens_of(second) == tokens_of(first)
+    assert_right(oracle_of(model, name), prompts, first, NEW_TOKENS)
+    assert_right(oracle_of(model, name), prompts, second, NEW_TOKENS)
+    assert (queries, hits) == (sum(LENGTHS), sum(loaded)), "vLLM's own metrics"
+
+
+@pytest.mark.feature("prefixes in files")
+def test_a_worker_in_a_process_of_its_own_loads_and_stores(
+    model, pattern_of, tmp_path, monkeypatch
+):
+    """As in every server of vLLM's on CPUs: what was read travels to it with the step."""
+    prompts = prompts_of((96, 900), seed=59)
+    for expected in ([0, 0], [stored_end(prompt) for prompt in prompts]):
+        with storing_engine(
+            model, pattern_of["mixed"], tmp_path / "kv", distributed_executor_backend="mp"
+        ) as running:
+            answers, loaded = asked(running, monkeypatch, prompts)
+        assert loaded == expected
+        assert_right(oracle_of(model), prompts, answers, NEW_TOKENS)
 
 
 @pytest.mark.feature("prefixes in files")
@@ -105,10 +126,10 @@ def test_prefixes_survive_eviction_from_the_pool(model, pattern_of, tmp_path, mo
         num_gpu_blocks_override=70,
     ) as running:
         answers, _ = asked(running, monkeypatch, prompts)
-        assert_right(oracle_of(model), prompts, answers)
+        assert_right(oracle_of(model), prompts, answers, NEW_TOKENS)
         written()
         again, loaded = asked(running, monkeypatch, prompts)
-    assert_right(oracle_of(model), prompts, again)
+    assert_right(oracle_of(model), prompts, again, NEW_TOKENS)
     assert sum(hit > 0 for hit in loaded) >= 5, loaded
 
 
@@ -127,11 +148,12 @@ def test_requests_at_once_share_what_one_of_them_loads(model, pattern_of, tmp_pa
         stepper.run()
         answers = [stepper.answer(str(index)) for index in range(len(prompts))]
         hits = [stepper.hit(str(index)) for index in range(len(prompts))]
-    assert_right(oracle_of(model), prompts, answers)
+    assert_right(oracle_of(model), prompts, answers, NEW_TOKENS)
     assert loads == {"0": 704, "1": 0, "2": 0, "3": 0}
     assert hits == [704] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.feature("prefixes in files")
 def test_a_turn_of_a_chat_loads_the_last_ones_prompt(model, pattern_of, tmp_path, monkeypatch):
     rng = random.Random(65)
@@ -145,7 +167,7 @@ def test_a_turn_of_a_chat_loads_the_last_ones_prompt(model, pattern_of, tmp_path
         loads += loaded
         history = prompt + list(answer.tokens)
     assert loads == [0, *(len(prompt) // BLOCK * BLOCK for prompt in prompts[:-1])]
-    assert_right(oracle_of(model), prompts, answers)
+    assert_right(oracle_of(model), prompts, answers, NEW_TOKENS)
 
 
 @pytest.mark.feature("prefixes in files", "preemption")
@@ -169,142 +191,97 @@ def test_preemption_with_loads_in_a_small_pool(model, pattern_of, tmp_path, monk
     assert_right(oracle_of(model), prompts, answers, 60)
 
 
-@pytest.mark.feature("prefixes in files")
-def test_other_servers_files_are_not_loaded(model, pattern_of, tmp_path, monkeypatch):
-    """The same prompts under another mask of the same counts, other sizes, weights or types."""
-    prompts = prompts_of([150, 333], seed=68)
-    folder = tmp_path / "kv"
-    with storing_engine(model, pattern_of["mixed"], folder) as running:
-        asked(running, monkeypatch, prompts)
-    turned = [row[::-1] for row in MASKS["mixed"]]
-    turned_pattern = write_pattern(tmp_path / "turned", turned)
-    other = make_model(SHAPE, tmp_path / "other", seed=1)
-    for which, settings, oracle in (
-        (model, {"pattern": turned_pattern}, Oracle(model, turned, SINK, RECENT)),
-        (model, {"recent_size": 74}, Oracle(model, MASKS["mixed"], SINK, 74)),
-        (model, {"sink_size": 21}, Oracle(model, MASKS["mixed"], 21, RECENT)),
-        (other, {}, Oracle(other, MASKS["mixed"], SINK, RECENT)),
-    ):
-        pattern = settings.pop("pattern", pattern_of["mixed"])
-        with storing_engine(which, pattern, folder, **settings) as running:
-            answers, loaded = asked(running, monkeypatch, prompts)
-        assert loaded == [0, 0]
-        assert_right(oracle, prompts, answers)
-    with storing_engine(model, pattern_of["mixed"], folder) as running:
-        _, loaded = asked(running, monkeypatch, prompts)
-    assert loaded == [stored_end(prompt) for prompt in prompts], "and the first server's are left"
-
-
-@pytest.mark.feature("prefixes in files")
-def test_salts_keep_apart_and_adapters_stay_out(model, pattern_of, tmp_path, monkeypatch):
-    (prompt,) = prompts_of([150], seed=69)
-    end = stored_end(prompt)
-    adapter = make_adapter(model, tmp_path / "adapter", 1)
-    loads = {}
-    for run in ("first", "second"):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", "several bins"])
+@pytest.mark.feature("prefixes in files", "preemption")
+def test_random_requests_over_restarts_with_little_room(
+    name, model, pattern_of, tmp_path, monkeypatch
+):
+    """In the pool and in the folder; aborted and preempted, with files that come and go."""
+    rng = random.Random(75)
+    trunks = prompts_of([300, 260, 180], seed=76)
+    loaded, preempted = 0, 0
+    for _ in range(4):
+        tails = prompts_of([rng.randrange(1, 120) for _ in range(30)], seed=rng.randrange(10**6))
+        prompts = [rng.choice(trunks)[: rng.randrange(30, 301)] + tail for tail in tails]
         with storing_engine(
             model,
-            pattern_of["mixed"],
+            pattern_of[name],
             tmp_path / "kv",
-            enable_lora=True,
-            max_loras=2,
-            max_lora_rank=RANK,
-            max_model_len=600,
+            max_bytes=3 << 20,
+            max_model_len=500,
+            max_num_batched_tokens=128,
+            num_gpu_blocks_override=110,
         ) as running:
-            stepper, loads[run] = Stepper(running, monkeypatch), record_loads(running)
-            stepper.ask("salted", prompt, salt="a")
-            running.llm.reset_prefix_cache()
-            written()
-            stepper.ask("again", prompt, salt="a")
-            stepper.ask("other", prompt, salt="b" if run == "first" else "c")
-            stepper.engine.add_request(
-                "adapter",
-                {"prompt_token_ids": list(prompt)},
-                running.sampling(4),
-                lora_request=LoRARequest("adapter", 1, str(adapter)),
-            )
+            stepper, loads = Stepper(running, monkeypatch), record_loads(running)
+            for index, prompt in enumerate(prompts):
+                stepper.add(str(index), prompt, max_tokens=NEW_TOKENS)
+                stepper.step(rng.randrange(4))
+                if rng.random() < 0.1:
+                    stepper.engine.abort_request([str(index)])
+                if rng.random() < 0.2:
+                    written()
+                if rng.random() < 0.1:
+                    written()
+                    files = sorted((tmp_path / "kv").glob("*/*/*"))
+                    for path in rng.sample(files, min(3, len(files))):
+                        path.write_bytes(path.read_bytes()[:-1])
             stepper.run()
-    assert loads["first"] == {"salted": 0, "again": end, "other": 0, "adapter": 0}
-    assert loads["second"] == {"salted": end, "again": end, "other": 0, "adapter": 0}
+            done = [index for index in range(len(prompts)) if str(index) in stepper.outputs]
+            answers = [stepper.answer(str(index)) for index in done]
+            loaded += sum(loads.values())
+            preempted += sum(stepper.preempted.values())
+        whole = [n for n, answer in enumerate(answers) if len(answer.tokens) == NEW_TOKENS]
+        assert_right(
+            oracle_of(model, name),
+            [prompts[done[n]] for n in whole],
+            [answers[n] for n in whole],
+            NEW_TOKENS,
+        )
+        size = sum(path.stat().st_size for path in (tmp_path / "kv").glob("*/*/*"))
+        assert size <= 3 << 20
+    assert loaded > 1000
+    assert preempted
 
 
-def damage(path, how, others):
-    """Spoil a file in one of the ways that disks and people do."""
-    data = path.read_bytes()
-    if how == "shorter":
-        path.write_bytes(data[:-1])
-    elif how == "longer":
-        path.write_bytes(data + b"x")
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "one bit":
-        path.write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
-    elif how == "zeros":
-        path.write_bytes(bytes(len(data)))
-    elif how == "another's":
-        path.write_bytes(next(each for each in others if each != path).read_bytes())
-    else:
-        path.unlink()
-
-
-@pytest.mark.parametrize("kind", ["page", "ring"])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_dtype", ["fp8", "int8_per_token_head", "int4_per_token_head"])
+@pytest.mark.parametrize("own", ["same", "model"])
 @pytest.mark.feature("prefixes in files")
-def test_damaged_files_are_misses_and_are_mended(
-    kind, model, pattern_of, tmp_path, monkeypatch, warnings
+def test_quantised_caches_are_bytes_like_others(
+    own, cache_dtype, model, pattern_of, tmp_path, monkeypatch
 ):
-    prompts, folder = prompts_of([150], seed=70), tmp_path / "kv"
-    with storing_engine(model, pattern_of["mixed"], folder) as running:
-        right, _ = asked(running, monkeypatch, prompts)
-        written()
-        files = sorted(folder.glob(f"*/*/*.{kind}"))
-        pages = sorted(folder.glob("*/*/*.page"))
-        for how in ("shorter", "longer", "empty", "one bit", "zeros", "another's", "gone"):
-            for path in files:
-                damage(path, how, pages)
-            # As another server, which has not warned yet.
-            running.core.scheduler.connector._store._told = False
-            warnings.clear()
-            for expected in (0, stored_end(prompts[0])):
-                running.llm.reset_prefix_cache()
-                answers, loaded = asked(running, monkeypatch, prompts)
-                written()
-                assert answers == right, how
-                assert loaded == [expected], how
-            assert len(warnings) == (how != "gone"), (how, warnings)
-    assert_right(oracle_of(model), prompts, right)
-
-
-@pytest.mark.feature("prefixes in files")
-def test_hits_are_in_vllms_metrics(model, pattern_of, tmp_path, monkeypatch):
-    prompts = prompts_of([150], seed=71)
-    for _ in range(2):
-        with storing_engine(
-            model, pattern_of["mixed"], tmp_path / "kv", disable_log_stats=False
-        ) as running:
-            asked(running, monkeypatch, prompts)
-            metrics = {each.name: each for each in running.llm.get_metrics()}
-    assert metrics["vllm:external_prefix_cache_queries"].value >= 150
-    assert metrics["vllm:external_prefix_cache_hits"].value >= stored_end(prompts[0])
-
-
-@pytest.mark.feature("prefixes in files")
-def test_reset_and_new_weights(model, pattern_of, tmp_path, monkeypatch):
-    prompts, folder = prompts_of([150], seed=72), tmp_path / "kv"
-    with storing_engine(model, pattern_of["mixed"], folder) as running:
+    """What is loaded is what was computed, so a hit from a file answers as one from the pool."""
+    prompts = prompts_of((96, 333), seed=74)
+    settings = {"kv_cache_dtype": cache_dtype, "duo_settings": {"streaming_cache_dtype": own}}
+    with storing_engine(model, pattern_of["mixed"], tmp_path / "kv", **settings) as running:
         asked(running, monkeypatch, prompts)
-        written()
-        assert running.llm.llm_engine.reset_prefix_cache(reset_connector=True)
-        assert not list(folder.glob("*/*/*.page"))
-        answers, loaded = asked(running, monkeypatch, prompts)
-        written()
-        stored = len(list(folder.glob("*/*/*")))
-        assert loaded == [0]
-        assert stored
-        running.llm.collective_rpc("reload_weights")
-        running.llm.reset_prefix_cache()
-        again, loaded = asked(running, monkeypatch, prompts)
-        asked(running, monkeypatch, prompts_of([150], seed=73))
-        written()
-        assert loaded == [0]
-        assert again == answers
-        assert len(list(folder.glob("*/*/*"))) == stored
+        from_pool, loaded = asked(running, monkeypatch, prompts)
+        assert loaded == [0, 0]
+    with storing_engine(model, pattern_of["mixed"], tmp_path / "kv", **settings) as running:
+        from_files, loaded = asked(running, monkeypatch, prompts)
+    assert loaded == [stored_end(prompt) for prompt in prompts]
+    assert from_files == from_pool
+
+
+@pytest.mark.slow
+@pytest.mark.feature("prefixes in files")
+def test_two_servers_share_a_folder_and_one_that_was_killed_left_it_whole(tmp_path, half_server):
+    asked_prompts = prompts_of_needle(700, 6)
+    given = {"max_tokens": 12, "ignore_eos": True}
+    right = greedy_ids(half_server, asked_prompts, **given)
+    transfer = json.dumps(json_config(tmp_path / "kv"))
+    flags = ("--attention-backend", "duo", "--kv-transfer-config", transfer)
+    with serve(tmp_path / "first", *flags) as first, serve(tmp_path / "second", *flags) as second:
+        for server in (first, second):
+            server.wait_until_ready()
+        assert greedy_ids(first, asked_prompts, **given) == right
+        wait_for_files(tmp_path / "kv", len(asked_prompts))
+        assert greedy_ids(second, asked_prompts, **given) == right
+        hits = sum(second.metrics("vllm:external_prefix_cache_hits_total").values())
+        assert hits >= len(asked_prompts) * 512
+        first.process.kill()
+    with serve(tmp_path / "third", *flags) as third:
+        third.wait_until_ready()
+        assert greedy_ids(third, asked_prompts, **given) == right
+        assert sum(third.metrics("vllm:external_prefix_cache_hits_total").values()) >= hits

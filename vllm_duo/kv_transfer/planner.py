@@ -130,11 +130,14 @@ class Planner:
                 rings.append(own.reshape(blocks, ring.width))
         if self.shape.pages is not None:
             pages = np.empty((end - first, self.shape.pages.width), dtype=np.uint8)
+            whole = True
             for page, row in enumerate(pages, first):
                 key = Key(Kind.PAGE, hashes[page])
-                if not self.store.read(key, memoryview(row)):
-                    return None
+                # Past a damaged one, too: all that are shall be known, to be stored anew.
+                whole = self.store.read(key, memoryview(row)) and whole
                 keys.append((key, page))
+            if not whole:
+                return None
         return _Found(asked, num_tokens, pages, tuple(rings), tuple(keys))
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> list[Load]:
