@@ -1,8 +1,8 @@
 """Time to the first token with a prompt's prefix in files, in the pool, and nowhere.
 
-A random Llama checkpoint of a given size is served offline, every server in a process of its own: one
-without the storage connector, one that stores, and one that is started after it and loads. Prompts
-differ, so nothing but the prompt itself can be hit.
+A random Llama checkpoint of a given size is served offline and eagerly, every server in a process of
+its own: one without the storage connector, one that stores, and one that is started after it and
+loads. Prompts differ, so nothing but the prompt itself can be hit.
 
     python -m benchmarks.kv_storage --out benchmarks/results/kv_storage.json
     python -m benchmarks.kv_storage --smoke
@@ -106,6 +106,7 @@ def run_server(settings: Settings, folder: Path, kind: str) -> dict[str, Any]:
         dtype=settings.dtype,
         block_size=settings.block_size,
         skip_tokenizer_init=True,
+        enforce_eager=True,
         enable_prefix_caching=True,
         **transfer,
     )

@@ -73,5 +73,5 @@ def save(pool: npt.NDArray[np.uint8], saves: Sequence[Save], writer: Writer) -> 
             continue
         # Indexing copies: later steps may overwrite the blocks.
         parts = [pool[list(blocks), :width] for blocks, width in each.blocks]
-        views = [memoryview(part).cast("B") for part in parts]
+        views = [part.data.cast("B") for part in parts]
         writer.submit(each.key, views, each.when_ns)

@@ -87,8 +87,10 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, root: Path
 
 def _group(group: Any) -> dict[str, Any]:
     """A group's layers, and of each its spec's fields that place bytes."""
-    fields = ("block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode")
-    fields += ("page_size_bytes", "slots_per_block", "sink_size", "recent_size", "draft_size")
+    fields = (
+        *("block_size", "num_kv_heads", "head_size", "head_size_v", "dtype", "kv_quant_mode"),
+        *("page_size_bytes", "slots_per_block", "sink_size", "recent_size", "draft_size"),
+    )
     of_layer = getattr(group.kv_cache_spec, "kv_cache_specs", {})
     first = first_spec(group)
     return {
@@ -146,8 +148,8 @@ def file_digests(folder: Path, root: Path) -> dict[str, str]:
 def _digest_file(cache: Path, file: Path) -> Path:
     """Where a file's digest is kept: under all that changes with the file; its ctime, none can set."""
     status = file.stat()
-    state = (str(file.resolve()), status.st_dev, status.st_ino, status.st_size)
-    state += (status.st_mtime_ns, status.st_ctime_ns)
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    state = (str(file.resolve()), status.st_dev, status.st_ino, status.st_size, *times)
     return cache / hashlib.sha256(repr(state).encode()).hexdigest()
 
 

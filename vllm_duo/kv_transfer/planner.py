@@ -121,7 +121,7 @@ class Planner:
         if self.shape.rings:
             key = Key(Kind.RING, hashes[end - 1])
             data = np.empty(self.shape.ring_bytes(num_tokens), dtype=np.uint8)
-            if not self.store.read(key, memoryview(data)):
+            if not self.store.read(key, data.data):
                 return None
             keys.append((key, end))
             for ring in self.shape.rings:
@@ -134,7 +134,7 @@ class Planner:
             for page, row in enumerate(pages, first):
                 key = Key(Kind.PAGE, hashes[page])
                 # Past a damaged one, too: all that are shall be known, to be stored anew.
-                whole = self.store.read(key, memoryview(row)) and whole
+                whole = self.store.read(key, row.data) and whole
                 keys.append((key, page))
             if not whole:
                 return None
@@ -212,8 +212,8 @@ class Planner:
             width = self.shape.pages.width
             table = self.manager.get_block_ids(request.request_id)[self.shape.pages.group_id]
             for page in range(self._stored.get(request.request_id, 0), end):
-                blocks = (((table[page],), width),)
-                saves += self._missing(Key(Kind.PAGE, hashes[page]), blocks, now, page)
+                block = ((table[page],), width)
+                saves += self._missing(Key(Kind.PAGE, hashes[page]), (block,), now, page)
             self._stored[request.request_id] = end
         if rings:
             blocks = tuple(ring for ring in rings if ring is not None)

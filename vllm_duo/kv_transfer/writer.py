@@ -109,7 +109,7 @@ class Writer:
             reason: object = (
                 f"a file of {task.num_bytes} bytes does not fit max_bytes {self.budget.max_bytes}"
             )
-        except OSError as error:
+        except Exception as error:  # whatever it is, the thread goes on and somebody is told
             reason = error
         self._paused_until = time.monotonic() + PAUSE_SECONDS
         if not self._told:
