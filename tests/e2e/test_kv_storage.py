@@ -8,11 +8,13 @@ import time
 
 import pytest
 
+from tests.e2e.engine import write_pattern
 from tests.e2e.needle import greedy_ids, serve
 from tests.e2e.needle import prompts as prompts_of_needle
 from tests.e2e.stepper import Stepper
 from tests.e2e.storage import (
     BLOCK,
+    MASKS,
     NEW_TOKENS,
     SHAPE,
     asked,
@@ -26,6 +28,7 @@ from tests.e2e.storage import (
     written,
 )
 from tests.e2e.test_exactness import prompts_of
+from tests.models.random_models import Shape
 from tests.oracle import assert_right
 
 pytestmark = pytest.mark.engine
@@ -262,6 +265,24 @@ def test_quantised_caches_are_bytes_like_others(
         from_pool, loaded = asked(running, monkeypatch, prompts)
         assert loaded == [0, 0]
     with storing_engine(model, pattern_of["mixed"], tmp_path / "kv", **settings) as running:
+        from_files, loaded = asked(running, monkeypatch, prompts)
+    assert loaded == [stored_end(prompt) for prompt in prompts]
+    assert from_files == from_pool
+
+
+@pytest.mark.slow
+@pytest.mark.feature("prefixes in files", "sliding-window layers")
+def test_rings_of_a_models_own_windows(checkpoint, tmp_path, monkeypatch):
+    """Bins of two spans; what is loaded is what was computed."""
+    shape = Shape("gemma3", group=2, head_size=32, kv_heads=4, window=40)
+    pattern = write_pattern(tmp_path / "pattern", MASKS["mixed"])
+    prompts = prompts_of((30, 96, 333), seed=77)
+    with storing_engine(checkpoint(shape), pattern, tmp_path / "kv") as running:
+        spans = {ring.span for ring in running.core.scheduler.connector._shape.rings}
+        assert len(spans) == 2
+        asked(running, monkeypatch, prompts)
+        from_pool, _ = asked(running, monkeypatch, prompts)
+    with storing_engine(checkpoint(shape), pattern, tmp_path / "kv") as running:
         from_files, loaded = asked(running, monkeypatch, prompts)
     assert loaded == [stored_end(prompt) for prompt in prompts]
     assert from_files == from_pool

@@ -51,8 +51,7 @@ def install() -> None:
     after_import("vllm.v1.executor.ray_executor", ray_nodes.patch_v1)
     after_import("vllm.v1.executor.ray_executor_v2", ray_nodes.patch_v2)
     after_import(
-        "vllm.v1.worker.gpu_model_runner",
-        _all(slot_mapping.patch, snapshot_orders.patch_runner),
+        "vllm.v1.worker.gpu_model_runner", _all(slot_mapping.patch, snapshot_orders.patch_runner)
     )
     after_import("vllm.v1.worker.gpu.model_runner", snapshot_orders.patch_runner_v2)
 

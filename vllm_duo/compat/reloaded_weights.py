@@ -14,6 +14,8 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+from vllm_duo.kv_transfer import is_storage
+
 RELOADS = "reload_weights"
 """Method of vLLM's workers."""
 
@@ -28,10 +30,9 @@ def patch(module: ModuleType) -> None:
 
     @wraps(original)
     def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        if method == RELOADS:
-            tell = getattr(self.scheduler.get_kv_connector(), "weights_changed", None)
-            if tell is not None:
-                tell()
+        connector = self.scheduler.get_kv_connector() if method == RELOADS else None
+        if connector is not None and is_storage(connector):
+            connector.weights_changed()
         return original(self, method, *args, **kwargs)
 
     module.EngineCore.collective_rpc = collective_rpc

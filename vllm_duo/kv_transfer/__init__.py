@@ -13,6 +13,11 @@ MODULE = "vllm_duo.kv_transfer"
 __all__ = ["DuoStorageConnector"]
 
 
+def is_storage(connector: object) -> bool:
+    """Whether a KV connector of vLLM's, or None, is this package's."""
+    return type(connector).__module__ == f"{MODULE}.connector"
+
+
 def __getattr__(name: str) -> object:
     """The connector on first use: the names above must cost no import of vLLM."""
     if name == CONNECTOR:
