@@ -47,7 +47,7 @@ class Settings:
 
     lengths: tuple[int, ...] = (2_048, 8_192, 16_384)
     repeats: int = 3
-    layers: int = 8
+    layers: int = 4
     hidden_size: int = 1_024
     dtype: str = "bfloat16"
     block_size: int = 128
