@@ -47,7 +47,9 @@ def storing_engine(model, pattern, folder, *, max_bytes=1 << 30, **settings):
 
 def written():
     """Wait until this process's engine has written what it stores."""
-    get_kv_transfer_group()._writer.flush()
+    writer = get_kv_transfer_group()._writer
+    if writer is not None:
+        writer.flush()
 
 
 def record_loads(running):

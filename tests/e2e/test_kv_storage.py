@@ -113,6 +113,7 @@ def test_a_worker_in_a_process_of_its_own_loads_and_stores(
     assert_right(oracle_of(model), prompts, answers, NEW_TOKENS)
     stored = sum(stored_end(prompt) // BLOCK for prompt in prompts)
     assert len(list(folder.glob("*/*/*.page"))) == stored
+    assert len({path.parents[1] for path in folder.glob("*/*/*.page")}) == 1, "in one folder"
 
 
 @pytest.mark.feature("prefixes in files")

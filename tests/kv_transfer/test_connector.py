@@ -87,7 +87,7 @@ def test_a_failed_forward_pass_stores_nothing(fails, pool, monkeypatch):
     monkeypatch.setattr(mixin, "get_kv_transfer_group", lambda: connector)
     monkeypatch.setattr(mixin, "get_forward_context", lambda: None)
     step = SimpleNamespace(
-        kv_connector_metadata=StorageMetadata(saves=[save()]),
+        kv_connector_metadata=StorageMetadata(b"s" * 32, saves=[save()]),
         has_sync_kv_loads=False,
         finished_req_ids=set(),
     )

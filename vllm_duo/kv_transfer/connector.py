@@ -71,14 +71,15 @@ class DuoStorageConnector(KVConnectorBase_V1, SupportsHMA):
         config = vllm_config.kv_transfer_config
         settings = StorageSettings.read(config.kv_connector_extra_config)
         self._shape = PoolShape.of(kv_cache_config)
-        server, about = identity(vllm_config, kv_cache_config, settings.path)
-        self._store = Store(settings.path, server)
+        self._settings = settings
         self._loads: list[Load] = []
         self._is_retired = False
         self._planner: Planner | None = None
         self._writer: Writer | None = None
         self._pool: npt.NDArray[np.uint8] | None = None
         if role is KVConnectorRole.SCHEDULER:
+            server, about = identity(vllm_config, kv_cache_config, settings.path)
+            self._store = Store(settings.path, server)
             self._planner = Planner(self._store, self._shape)
             with suppress(OSError):  # for people alone; the writer tells of a full disk
                 self._store.folder.mkdir(parents=True, exist_ok=True)
@@ -88,8 +89,6 @@ class DuoStorageConnector(KVConnectorBase_V1, SupportsHMA):
                 self._store.folder,
                 settings.max_bytes,
             )
-        else:
-            self._writer = Writer(self._store, Budget(settings.path, settings.max_bytes))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -124,7 +123,7 @@ class DuoStorageConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StorageMetadata:
         """The step's loads."""
         loads, self._loads = self._loads, []
-        return StorageMetadata(loads)
+        return StorageMetadata(self._store.server, loads)
 
     def plan_saves(
         self,
@@ -207,11 +206,13 @@ class DuoStorageConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Copy what the step has computed, unless its forward pass has failed."""
-        saves = self._metadata().saves
-        if saves and sys.exc_info()[0] is None:
+        metadata = self._metadata()
+        if metadata.saves and sys.exc_info()[0] is None:
             assert self._pool is not None
-            assert self._writer is not None
-            copier.save(self._pool, saves, self._writer)
+            if self._writer is None:
+                path, max_bytes = self._settings.path, self._settings.max_bytes
+                self._writer = Writer(Store(path, metadata.server), Budget(path, max_bytes))
+            copier.save(self._pool, metadata.saves, self._writer)
 
     def shutdown(self) -> None:
         """Write what waits to be written."""

@@ -46,7 +46,15 @@ class Save:
 
 @dataclass(slots=True, eq=False)
 class StorageMetadata(KVConnectorMetadata):
-    """One step's; carried from the scheduler to the worker by vLLM."""
+    """One step's; carried from the scheduler to the worker by vLLM.
 
+    Attributes:
+        server: the identity that the scheduler looks up under. A worker's copy of the config may have
+            been changed by loading the model, so it does not find out its own.
+        loads: before the forward pass.
+        saves: after it.
+    """
+
+    server: bytes
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
