@@ -68,7 +68,8 @@ class PoolShape:
         pages, rings = None, []
         for group_id, group in enumerate(config.kv_cache_groups):
             spec = first_spec(group)
-            width = _width(config, group)
+            # Of layers that share a placement the end is an upper bound.
+            width = min(_width(config, group), block_bytes)
             if isinstance(spec, StreamingSpec):
                 rings.append(GroupShape(group_id, width, spec.span))
             else:
