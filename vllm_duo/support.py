@@ -11,6 +11,7 @@ from vllm_duo.config import SECTION
 from vllm_duo.drafts import DRAFTS_OF_LAYERS, DRAFTS_OF_TOKENS, DRAFTS_WITHOUT_CACHES
 from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.kv_cache.ranks import split_problem
+from vllm_duo.kv_transfer.refusals import connector_refusals
 from vllm_duo.model_facts import (
     MULTIMODAL_WITH_LAYERS_THAT_DRAFT,
     ModelFacts,
@@ -342,8 +343,7 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
 
 def _features(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
-    if vllm_config.kv_transfer_config is not None:
-        yield "KV connectors (--kv-transfer-config): they do not see the streaming caches"
+    yield from connector_refusals(vllm_config)
     if vllm_config.ec_transfer_config is not None:
         yield "encoder caches of other servers (--ec-transfer-config): not tested yet"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:

@@ -24,6 +24,7 @@ FLASH = "vllm.v1.attention.backends.fa_utils"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
 DRAFTERS = "vllm.v1.spec_decode"
+CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 
 # 0.33 has no first Ray executor any more.
 HAS_RAY_V1 = find_spec("vllm.v1.executor.ray_executor") is not None
@@ -324,6 +325,100 @@ SYMBOLS: dict[str, list[tuple[str, Check | None]]] = {
             "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
             names("curr_hit_length + eagle_margin", "drop_eagle_block=drop_eagle_block"),
         ),
+    ],
+    "kv_cache/snapshot_manager.py, states that a KV connector brings": [
+        (
+            f"{MANAGERS}:SingleTypeKVCacheManager.allocate_external_computed_blocks",
+            takes("num_local_computed_tokens", "num_external_computed_tokens"),
+        ),
+        (
+            f"{COORDINATOR}.allocate_new_computed_blocks",
+            names(
+                "manager.add_local_computed_blocks(", "manager.allocate_external_computed_blocks("
+            ),
+        ),
+        (
+            "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+            names(
+                "self.coordinator.allocate_new_blocks(", "self.coordinator.cache_blocks(request,"
+            ),
+        ),
+    ],
+    "compat/reloaded_weights.py": [
+        ("vllm.v1.engine.core:EngineCore.collective_rpc", takes("method")),
+        ("vllm.v1.engine.core:EngineCore", sets("scheduler")),
+        ("vllm.v1.core.sched.scheduler:Scheduler.get_kv_connector", None),
+        ("vllm.v1.worker.gpu_worker:Worker.reload_weights", None),
+    ],
+    "kv_transfer/connector.py": [
+        (
+            f"{CONNECTOR}:KVConnectorBase_V1",
+            members("requires_kv_delivery", "bind_kv_cache_manager", "reset_cache", "shutdown"),
+        ),
+        (f"{CONNECTOR}:KVConnectorBase_V1", members("register_kv_caches", "wait_for_save")),
+        (f"{CONNECTOR}:SupportsHMA.request_finished_all_groups", takes("request", "block_ids")),
+        (
+            f"{CONNECTOR}:KVConnectorBase_V1.get_num_new_matched_tokens",
+            takes("request", "num_computed_tokens"),
+        ),
+        (
+            f"{CONNECTOR}:KVConnectorBase_V1.update_state_after_alloc",
+            takes("request", "blocks", "num_external_tokens"),
+        ),
+        ("vllm.v1.metrics.cache_hit_source:CacheHitSource", members("DISK")),
+        # Loads come before the forward pass, saves after it.
+        (
+            "vllm.v1.worker.kv_connector_model_runner_mixin:"
+            "KVConnectorModelRunnerMixin._get_kv_connector_output",
+            names("scheduler_output.has_sync_kv_loads", "kv_connector.wait_for_save()"),
+        ),
+        # What is not asked for is not loaded; hits are whole blocks.
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+            names(
+                "self.connector.get_num_new_matched_tokens(",
+                "num_external_computed_tokens = ext_tokens",
+                "self.connector.update_state_after_alloc(",
+                "has_sync_kv_loads = True",
+            ),
+        ),
+        (
+            "vllm.v1.core.sched.scheduler:Scheduler",
+            sets("connector = KVConnectorFactory.create_connector(", "requests"),
+        ),
+    ],
+    "kv_transfer/pool_shape.py": [
+        (
+            f"{INTERFACE}:KVCacheTensor",
+            members("size", "layers", "layer_stride", "block_stride", "offset"),
+        ),
+        (
+            f"{INTERFACE}:KVCacheConfig",
+            members("num_blocks", "kv_cache_groups", "kv_cache_tensors"),
+        ),
+    ],
+    "kv_transfer/copier.py": [
+        ("vllm.v1.worker.utils:allocate_kv_cache", names("buf = torch.zeros(buf_size")),
+    ],
+    "kv_transfer/planner.py": [
+        (
+            "vllm.v1.request:Request",
+            sets("lora_request", "mm_features", "prompt_embeds", "skip_reading_prefix_cache"),
+        ),
+        ("vllm.v1.request:Request", sets("num_prompt_tokens", "num_computed_tokens")),
+        ("vllm.v1.core.kv_cache_manager:KVCacheManager.get_block_ids", takes("request_id")),
+        ("vllm.v1.core.kv_cache_manager:KVCacheBlocks.get_block_ids", None),
+    ],
+    "kv_transfer/refusals.py": [
+        (
+            "vllm.config:KVTransferConfig",
+            members("kv_connector", "kv_connector_module_path", "kv_role", "engine_id"),
+        ),
+        ("vllm.config:KVTransferConfig", members("kv_connector_extra_config")),
+        ("vllm.config:CacheConfig", members("prefix_caching_hash_algo", "enable_prefix_caching")),
+        ("vllm.config:VllmConfig", members("weight_transfer_config", "load_config")),
+        # These hashes are the same in every process.
+        (f"{UTILS}:resolve_none_hash_seed", names("return DEFAULT_NONE_HASH_SEED")),
     ],
     "compat/preempted_pages.py": [
         ("vllm.v1.core.sched.scheduler:Scheduler._preempt_request", takes("request")),

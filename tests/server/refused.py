@@ -120,8 +120,9 @@ REFUSED_SETTINGS = {
         "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager",
         {"disable_hybrid_kv_cache_manager": True},
     ),
-    "KV connectors": (
-        "KV connectors (--kv-transfer-config): they do not see the streaming caches",
+    "KV connectors of others": (
+        "KV connectors (--kv-transfer-config) of others: they do not see the streaming caches; use "
+        '"kv_connector": "DuoStorageConnector", "kv_connector_module_path": "vllm_duo.kv_transfer"',
         {"kv_transfer_config": CONNECTOR},
     ),
     "encoder caches of other servers": (

@@ -18,6 +18,7 @@ def install() -> None:
         pool_report,
         preempted_pages,
         ray_nodes,
+        reloaded_weights,
         scheduler_stats,
         slot_mapping,
         snapshot_orders,
@@ -44,6 +45,7 @@ def install() -> None:
             draft_count.patch,
         ),
     )
+    after_import("vllm.v1.engine.core", reloaded_weights.patch)
     after_import("vllm.v1.metrics.loggers", stat_loggers.patch)
     after_import("vllm.v1.executor.abstract", worker_specs.patch)
     after_import("vllm.v1.executor.ray_executor", ray_nodes.patch_v1)

@@ -14,6 +14,8 @@ from functools import partial, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from vllm_duo.kv_transfer import is_storage
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -38,6 +40,9 @@ def patch_scheduler(module: ModuleType) -> None:
         orders = take_orders(self.kv_cache_manager)
         if orders:
             setattr(output, ATTRIBUTE, orders)
+        if is_storage(self.connector):
+            # vLLM asks its connector before the last snapshots of the step are known.
+            self.connector.plan_saves(output, self.requests, orders)
         return output
 
     module.Scheduler.schedule = schedule

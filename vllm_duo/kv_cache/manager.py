@@ -87,7 +87,7 @@ class RingManager(SingleTypeKVCacheManager):
         num_external_computed_tokens: int,
         record_for_zeroing: bool = True,
     ) -> None:
-        """A KV connector cannot fill a ring; refused at start, so this is a broken state."""
+        """A KV connector needs snapshots; refused at start without, so this is a broken state."""
         self._refuse_hits(request_id, (), num_external_computed_tokens)
 
     def _refuse_hits(

@@ -70,6 +70,8 @@ class SnapshotManager(RingManager):
         self._late: list[tuple[Request, int, Reason]] = []
         # By request: the snapshots that it has resumed at and stored, ascending.
         self._trails: dict[str, list[Snapshot]] = {}
+        # By request of which a KV connector fills the ring in this step: tokens of that state.
+        self._filled: dict[str, int] = {}
         # Tokens that the request being admitted will have after the step.
         self._admitted_tokens = 0
         self._in_step = True
@@ -145,9 +147,12 @@ class SnapshotManager(RingManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks that the next claim takes at least: a hit's idle blocks can become the ring's own."""
+        """Blocks that the next claim takes at least: a hit's idle blocks can become the ring's own.
+
+        Where a KV connector brings the state of a longer prefix, the hit's is of no use.
+        """
         missing = self.allocator.missing_blocks(request_id, num_tokens)
-        if not new_computed_blocks:
+        if not new_computed_blocks or total_computed_tokens > num_local_computed_tokens:
             return missing
         self._admitted_tokens = num_tokens
         idle: int = self._get_num_evictable_blocks(new_computed_blocks)
@@ -162,7 +167,11 @@ class SnapshotManager(RingManager):
     ) -> None:
         """Order the hit's state to be copied into the request's ring, or make its blocks the ring."""
         if num_external_computed_tokens > 0:
-            self._refuse_hits(request_id, (), num_external_computed_tokens)
+            # The connector fills the ring with the state of the whole prefix.
+            num_tokens = num_local_computed_tokens + num_external_computed_tokens
+            self.num_cached_block[request_id] = num_tokens // self.block_size
+            self._filled[request_id] = num_tokens
+            return
         self.num_cached_block[request_id] = num_local_computed_tokens // self.block_size
         if not new_computed_blocks:
             if num_local_computed_tokens > 0:
@@ -180,6 +189,15 @@ class SnapshotManager(RingManager):
         self.snapshots.hold(new_computed_blocks)
         self._trail(request_id).append(snapshot)
         self._order(False, request_id, num_local_computed_tokens, new_computed_blocks)
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """Nothing yet: ``allocate_new_blocks`` claims the ring, and the connector fills it."""
 
     def _is_short_for_copy(
         self, request_id: str, blocks: Sequence[KVCacheBlock], num_tokens: int
@@ -219,6 +237,7 @@ class SnapshotManager(RingManager):
             replay_boundaries: where vLLM expects the prompt to be resumed.
         """
         size = self.block_size
+        self._store_filled(request)
         done = self.num_cached_block.get(request.request_id, 0)
         num_blocks = num_tokens // size
         if num_blocks <= done or not self._in_step:
@@ -233,6 +252,17 @@ class SnapshotManager(RingManager):
                 request, boundary, reason, self._reserve()
             ):
                 self._late.append((request, boundary, reason))
+
+    def _store_filled(self, request: Request) -> None:
+        """Order a snapshot of the state that a KV connector brings: others may resume at it, too.
+
+        It is copied before the step's attention and after the connector has filled the ring.
+        """
+        boundary = self._filled.pop(request.request_id, None)
+        if boundary is not None and not self._store(
+            request, boundary, Reason.PROMPT, self._reserve()
+        ):
+            self._late.append((request, boundary, Reason.PROMPT))
 
     def _store(self, request: Request, boundary: int, reason: Reason, reserve: int) -> bool:
         """Order one snapshot; False if that would not leave ``reserve`` free blocks."""
@@ -306,6 +336,7 @@ class SnapshotManager(RingManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's blocks; its orders of a step that is still being planned are withdrawn."""
         trail = self._trails.pop(request_id, [])
+        self._filled.pop(request_id, None)
         if self._orders:
             self._withdraw(request_id)
         whole = [snapshot for snapshot in trail if snapshot.is_whole()]
