@@ -69,7 +69,12 @@ def external_tokens(running):
 
 @pytest.mark.parametrize(
     "name",
-    ["mixed", "streaming", "retrieval", pytest.param("several bins", marks=pytest.mark.slow)],
+    [
+        "mixed",
+        "streaming",
+        pytest.param("retrieval", marks=pytest.mark.slow),
+        pytest.param("several bins", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.feature("prefixes in files")
 def test_prefixes_survive_a_restart(name, model, pattern_of, tmp_path, monkeypatch):
