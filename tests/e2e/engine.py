@@ -91,6 +91,11 @@ class Engine:
             max_tokens=max_tokens, temperature=0, logprobs=3, ignore_eos=True, detokenize=False
         )
 
+    def block_bytes(self):
+        """Bytes of a pool block, by every cache that lies in it."""
+        config = self.core.scheduler.kv_cache_config
+        return {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
+
     def record_preemptions(self):
         """The requests that are preempted from now on, in a list that grows."""
         scheduler, preempted = self.core.scheduler, []

@@ -86,6 +86,13 @@ class Stepper:
         self.run()
         return self.answer(name)
 
+    def ask_all(self, prompts, **kwargs):
+        """All requests at once, named 0, 1 and so on; returns their answers."""
+        for index, prompt in enumerate(prompts):
+            self.add(str(index), prompt, **kwargs)
+        self.run()
+        return [self.answer(str(index)) for index in range(len(prompts))]
+
     def answer(self, name):
         return answer_of(self.outputs[name])
 

@@ -74,13 +74,9 @@ def test_answers_are_those_of_what_is_kept(serve, error_of, monkeypatch):
     with serve(num_gpu_blocks_override=60) as running:
         assert running.llm.llm_engine.vllm_config.cache_config.cache_dtype == "fp8"
         stepper = Stepper(running, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        answers = stepper.ask_all(PROMPTS, max_tokens=ANSWER_TOKENS)
         again = running.generate(PROMPTS, ANSWER_TOKENS)
-        config = running.core.scheduler.kv_cache_config
-        stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
+        stored = running.block_bytes()
     assert stepper.preempted
     error = error_of(answers)
     assert error <= ERROR

@@ -155,10 +155,7 @@ def test_requests_at_once_share_what_one_of_them_loads(model, pattern_of, tmp_pa
         asked(running, monkeypatch, [[*shared, 1, 2, 3]])
     with storing_engine(model, pattern_of["mixed"], folder) as running:
         stepper, loads = Stepper(running, monkeypatch), record_loads(running)
-        for index, prompt in enumerate(prompts):
-            stepper.add(str(index), prompt, max_tokens=NEW_TOKENS)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(prompts))]
+        answers = stepper.ask_all(prompts, max_tokens=NEW_TOKENS)
         hits = [stepper.hit(str(index)) for index in range(len(prompts))]
     assert_right(oracle_of(model), prompts, answers, NEW_TOKENS)
     assert loads == {"0": 704, "1": 0, "2": 0, "3": 0}
@@ -194,10 +191,7 @@ def test_preemption_with_loads_in_a_small_pool(model, pattern_of, tmp_path, monk
         model, pattern_of["mixed"], folder, num_gpu_blocks_override=60, **settings
     ) as running:
         stepper, loads = Stepper(running, monkeypatch), record_loads(running)
-        for index, prompt in enumerate(prompts):
-            stepper.add(str(index), prompt, max_tokens=60)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(prompts))]
+        answers = stepper.ask_all(prompts, max_tokens=60)
     assert stepper.preempted
     assert sum(loads.values()) > sum(map(stored_end, prompts)) / 2
     assert_right(oracle_of(model), prompts, answers, 60)

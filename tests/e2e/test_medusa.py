@@ -64,10 +64,7 @@ def test_heads_change_no_token(ranks, checkpoint, tmp_path, monkeypatch):
     ) as running:
         stepper = Stepper(running, monkeypatch)
         outcomes = Outcomes(stepper.scheduler, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=ANSWER)
-        stepper.run()
-        served = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        served = stepper.ask_all(PROMPTS, max_tokens=ANSWER)
         again = stepper.ask("again", PROMPTS[-1], max_tokens=ANSWER)
     assert [each.tokens for each in served] == [each.tokens for each in plain]
     assert again.tokens == plain[-1].tokens

@@ -108,10 +108,7 @@ def test_streaming_heads_follow_the_rule_and_accounts_hold(served, monkeypatch):
     prompts, answer_tokens = prompts_of([150] * 4, seed=42), 90
     with served.engine("mixed", block_size=16, num_gpu_blocks_override=60) as running:
         stepper = Stepper(running, monkeypatch)
-        for index, prompt in enumerate(prompts):
-            stepper.add(str(index), prompt, max_tokens=answer_tokens)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(prompts))]
+        answers = stepper.ask_all(prompts, max_tokens=answer_tokens)
     assert stepper.preempted
     assert rms(served.errors(answers, "mixed", prompts)) <= served.allowed
     unseen = rms(served.errors(answers, "retrieval", prompts))

@@ -98,7 +98,7 @@ def served(name, serve):
             hits,
             getattr(running.core.scheduler, LAYOUT),
             [spec for g in config.kv_cache_groups for spec in iter_layer_specs(g.kv_cache_spec)],
-            {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors},
+            running.block_bytes(),
         )
 
 
@@ -132,10 +132,7 @@ def test_preempted_requests_answer_the_same(name, served, serve, checkpoint, mon
     pool = 1 + len(PROMPTS) * served.layout.blocks(len(PROMPTS[0]) + ANSWER_TOKENS // 2)
     with serve(name, num_gpu_blocks_override=pool) as running:
         stepper = Stepper(running, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        answers = stepper.ask_all(PROMPTS, max_tokens=ANSWER_TOKENS)
     assert stepper.preempted
     assert error_of(checkpoint(SHAPE), answers, FORMATS[name]) <= ERROR
 

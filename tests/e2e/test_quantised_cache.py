@@ -80,13 +80,9 @@ def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch)
     model = checkpoint(SHAPE)
     with serve(name) as running:
         stepper = Stepper(running, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        answers = stepper.ask_all(PROMPTS, max_tokens=ANSWER_TOKENS)
         again = running.generate(PROMPTS, ANSWER_TOKENS)
-        config = running.core.scheduler.kv_cache_config
-        stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
+        stored = running.block_bytes()
     assert stepper.preempted
     form = FORMATS[name]
     error = error_of(model, answers, form)

@@ -123,10 +123,7 @@ def test_answers_are_those_of_what_is_kept(
     ) as running:
         stepper = Stepper(running, monkeypatch)
         outcomes = Outcomes(stepper.scheduler, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        answers = stepper.ask_all(PROMPTS, max_tokens=ANSWER_TOKENS)
         # One after the other, so that nobody else takes the blocks between.
         assert running.llm.reset_prefix_cache()
         alone, again = (

@@ -64,13 +64,9 @@ def test_answers_and_bytes(serve, error_of, checkpoint, tmp_path, monkeypatch):
     """In chunks, with prefix caching, in a pool that holds four prompts and not their answers."""
     with serve(["1"], num_gpu_blocks_override=75) as running:
         stepper = Stepper(running, monkeypatch)
-        for index, prompt in enumerate(PROMPTS):
-            stepper.add(str(index), prompt, max_tokens=ANSWER_TOKENS)
-        stepper.run()
-        answers = [stepper.answer(str(index)) for index in range(len(PROMPTS))]
+        answers = stepper.ask_all(PROMPTS, max_tokens=ANSWER_TOKENS)
         again = running.generate(PROMPTS, ANSWER_TOKENS)
-        config = running.core.scheduler.kv_cache_config
-        stored = {tensor.size // config.num_blocks for tensor in config.kv_cache_tensors}
+        stored = running.block_bytes()
     assert stepper.preempted
     error = error_of(answers, {1})
     assert error <= ERROR
