@@ -25,7 +25,7 @@ class Layer(torch.nn.Module):
     """Stands for vLLM's ``Attention``."""
 
     head_size = head_size_v = 64
-    kv_cache_torch_dtype = torch.bfloat16
+    kv_cache_torch_dtype, kv_cache_dtype = torch.bfloat16, "auto"
     attn_backend = None
 
 
@@ -49,7 +49,7 @@ def layer(monkeypatch):
     config = Config(
         speculative_config=None,
         device_config=SimpleNamespace(device_type="meta"),
-        cache_config=SimpleNamespace(block_size=16),
+        cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
         compilation_config=SimpleNamespace(static_forward_context={"model.layers.0.attn": layer}),
         model_config=SimpleNamespace(),
     )
