@@ -18,7 +18,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import pytest
 
 from tests.models.random_models import make_model
-from tests.models.vision_models import make_vision_model
+from tests.models.vision_models import KV_HEADS, make_vision_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +63,40 @@ def vision_model(tmp_path_factory):
         if family not in made:
             made[family] = make_vision_model(family, folder)
         return made[family]
+
+    return get
+
+
+@pytest.fixture
+def picture_engine(vision_model, tmp_path):
+    """Starts engines of a family's model, with duo and a mask, or without where the mask is None.
+
+    Unless other settings say so, a step's chunk is shorter than a picture.
+    """
+    from tests.e2e.engine import engine, write_pattern
+    from tests.e2e.pictures import RECENT, SINK, limits_of
+    from tests.e2e.test_exactness import mask_of
+
+    def serve(family, mask="mixed", **settings):
+        pattern = mask and write_pattern(tmp_path / mask, mask_of(mask, KV_HEADS))
+        usual = {
+            **{"sink_size": SINK, "recent_size": RECENT, "max_num_batched_tokens": 100},
+            **{"limit_mm_per_prompt": limits_of(family), "skip_tokenizer_init": False},
+        }
+        return engine(vision_model(family), pattern, **(usual | settings))
+
+    return serve
+
+
+@pytest.fixture
+def picture_oracle(vision_model):
+    """Of a family's model, and of a mask."""
+    from tests.e2e.pictures import RECENT, SINK, PictureOracle
+    from tests.e2e.test_exactness import mask_of
+
+    def get(family, mask="mixed", **settings):
+        masked = mask_of(mask, KV_HEADS)
+        return PictureOracle(vision_model(family), masked, SINK, RECENT, **settings)
 
     return get
 

@@ -24,6 +24,7 @@ from tests.e2e.storage import (
     written,
 )
 from tests.e2e.test_exactness import prompts_of
+from tests.messages import messages_of
 from tests.models.adapters import RANK, make_adapter
 from tests.models.random_models import make_model
 from tests.oracle import Oracle, assert_right
@@ -45,11 +46,7 @@ def pattern_of(tmp_path_factory):
 @pytest.fixture
 def warnings(monkeypatch):
     """What the storage warns of."""
-    told = []
-    monkeypatch.setattr(
-        store_module.logger, "warning", lambda text, *args: told.append(text % args)
-    )
-    return told
+    return messages_of(store_module, monkeypatch)
 
 
 @pytest.mark.feature("prefixes in files")

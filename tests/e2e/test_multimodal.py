@@ -11,25 +11,19 @@ import random
 import pytest
 import torch
 
-from tests.e2e.engine import engine, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.pictures import (
     BLOCK,
-    RECENT,
-    SINK,
     Picture,
-    PictureOracle,
     ask,
     assert_oracles,
     branches_of,
-    limits_of,
     prompt,
     prompts,
     words,
 )
-from tests.e2e.test_exactness import mask_of
 from tests.e2e.test_quantised_cache import MATTERS
-from tests.models.vision_models import KV_HEADS, TOKENS_OF_PICTURE
+from tests.models.vision_models import TOKENS_OF_PICTURE
 from tests.vision import vision  # noqa: F401 - a fixture
 from vllm_duo.kv_cache.formats import FORMATS
 
@@ -63,40 +57,11 @@ def by_family(quick):
     )
 
 
-@pytest.fixture
-def serving(vision_model, tmp_path):
-    """Starts engines of a family's model, with duo and a mask, or without where the mask is None.
-
-    Unless other settings say so, a step's chunk is shorter than a picture.
-    """
-
-    def serve(family, mask="mixed", **settings):
-        pattern = mask and write_pattern(tmp_path / mask, mask_of(mask, KV_HEADS))
-        usual = {
-            **{"sink_size": SINK, "recent_size": RECENT, "max_num_batched_tokens": 100},
-            **{"limit_mm_per_prompt": limits_of(family), "skip_tokenizer_init": False},
-        }
-        return engine(vision_model(family), pattern, **(usual | settings))
-
-    return serve
-
-
-@pytest.fixture
-def oracle_of(vision_model):
-    """Of a family's model, and of a mask."""
-
-    def get(family, mask="mixed", **settings):
-        masked = mask_of(mask, KV_HEADS)
-        return PictureOracle(vision_model(family), masked, SINK, RECENT, **settings)
-
-    return get
-
-
 @by_family(QUICK)
 @pytest.mark.feature("prefix caching", "chunked prefill")
-def test_served_tokens_are_the_oracles(family, serving, oracle_of):
+def test_served_tokens_are_the_oracles(family, picture_engine, picture_oracle):
     """In chunks shorter than a picture, all together; then one by one, resuming at snapshots."""
-    with serving(family, enable_prefix_caching=True) as running:
+    with picture_engine(family, enable_prefix_caching=True) as running:
 
         def ask_one(each):
             return ask(running, family, [each], ANSWER)[0]
@@ -106,10 +71,10 @@ def test_served_tokens_are_the_oracles(family, serving, oracle_of):
         branches = branches_of(ask_one, family)
     around = 2 * ("qwen" in family)
     assert len(asked[3].token_ids) == TOKENS_OF_PICTURE[family] + 5 + around
-    assert_oracles(oracle_of(family), asked + again + branches, ANSWER)
+    assert_oracles(picture_oracle(family), asked + again + branches, ANSWER)
     with pytest.raises(AssertionError, match="step"):
         # The picture alone is longer than a ring.
-        assert_oracles(oracle_of(family, "retrieval"), asked[2:3], ANSWER)
+        assert_oracles(picture_oracle(family, "retrieval"), asked[2:3], ANSWER)
     assert [each.cached for each in again] == [
         (len(each.token_ids) - 1) // BLOCK * BLOCK for each in again
     ]
@@ -117,12 +82,12 @@ def test_served_tokens_are_the_oracles(family, serving, oracle_of):
 
 @pytest.mark.slow
 @pytest.mark.feature("image embeddings as input")
-def test_embeddings_in_place_of_pictures(serving, oracle_of):
+def test_embeddings_in_place_of_pictures(picture_engine, picture_oracle):
     """They are hashed by their numbers: others are not hit, the same ones are."""
     family, (head, tail) = "llava", (words(100, 40), words(50, 41))
-    oracle = oracle_of(family)
+    oracle = picture_oracle(family)
     asks = [prompt(head, Picture(seed), tail) for seed in (1, 2, 1)]
-    with serving(family, enable_prefix_caching=True, enable_mm_embeds=True) as running:
+    with picture_engine(family, enable_prefix_caching=True, enable_mm_embeds=True) as running:
         asked = [ask(running, family, [each], ANSWER, oracle.embeddings(each))[0] for each in asks]
     assert [each.cached for each in asked] == [0, 0, 336]
     assert_oracles(oracle, asked, ANSWER)
@@ -130,10 +95,10 @@ def test_embeddings_in_place_of_pictures(serving, oracle_of):
 
 @by_family(QUICK[:1])
 @pytest.mark.feature("every head a retrieval head")
-def test_all_retrieval_equals_stock_vllm(family, serving):
+def test_all_retrieval_equals_stock_vllm(family, picture_engine):
     answers = []
     for mask in (None, "retrieval"):
-        with serving(family, mask, block_size=32, max_num_batched_tokens=512) as running:
+        with picture_engine(family, mask, block_size=32, max_num_batched_tokens=512) as running:
             answers.append([each.answer.tokens for each in ask(running, family, prompts(), ANSWER)])
     assert answers[0] == answers[1]
 
@@ -158,26 +123,26 @@ def test_all_retrieval_equals_stock_vllm(family, serving):
     ],
 )
 @pytest.mark.parametrize("family", QUICK)
-def test_further_engines(family, mask, settings, serving, oracle_of):
+def test_further_engines(family, mask, settings, picture_engine, picture_oracle):
     """A whole prompt in a step."""
-    with serving(family, mask, max_num_batched_tokens=2048, **settings) as running:
+    with picture_engine(family, mask, max_num_batched_tokens=2048, **settings) as running:
         asked = ask(running, family, prompts(), ANSWER)
-    assert_oracles(oracle_of(family, mask), asked, ANSWER)
+    assert_oracles(picture_oracle(family, mask), asked, ANSWER)
 
 
 @pytest.mark.slow
 @pytest.mark.feature("tensor parallelism")
 @pytest.mark.parametrize("mask", ["mixed", "uneven"])
 @pytest.mark.parametrize("family", QUICK)
-def test_two_ranks_give_the_same_tokens(family, mask, serving, oracle_of):
+def test_two_ranks_give_the_same_tokens(family, mask, picture_engine, picture_oracle):
     """The second time the rings of both ranks are restored, within pictures too."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with serving(family, mask, enable_prefix_caching=True, **ranks) as running:
+    with picture_engine(family, mask, enable_prefix_caching=True, **ranks) as running:
         asked = ask(running, family, prompts(), ANSWER)
         again = ask(running, family, prompts(), ANSWER)
-    assert_oracles(oracle_of(family, mask), asked + again, ANSWER)
+    assert_oracles(picture_oracle(family, mask), asked + again, ANSWER)
     assert max(each.cached for each in again) > 600
 
 
@@ -192,14 +157,14 @@ def test_two_ranks_give_the_same_tokens(family, mask, serving, oracle_of):
     ],
 )
 @pytest.mark.parametrize("family", QUICK)
-def test_quantised_caches(family, cache_dtype, serving, oracle_of):
+def test_quantised_caches(family, cache_dtype, picture_engine, picture_oracle):
     """As ``test_quantised_cache.py`` has it: the oracle keeps what is kept."""
-    with serving(family, kv_cache_dtype=cache_dtype, enable_prefix_caching=True) as running:
+    with picture_engine(family, kv_cache_dtype=cache_dtype, enable_prefix_caching=True) as running:
         asked = ask(running, family, prompts(), ANSWER)
         again = ask(running, family, prompts(), ANSWER)
 
     def error_of(answered, form):
-        oracle = oracle_of(family, form=form)
+        oracle = picture_oracle(family, form=form)
         found = [
             errors(oracle.of(each.prompt), [each.token_ids], [each.answer]) for each in answered
         ]
@@ -215,27 +180,27 @@ def test_quantised_caches(family, cache_dtype, serving, oracle_of):
 @pytest.mark.slow
 @pytest.mark.feature("preemption")
 @pytest.mark.parametrize("family", QUICK)
-def test_a_small_pool_preempts_in_the_middle_of_pictures(family, serving, oracle_of):
+def test_a_small_pool_preempts_in_the_middle_of_pictures(family, picture_engine, picture_oracle):
     rng = random.Random(30)
     asks = [
         prompt(words(rng.randrange(1, 60), 0), Picture(rng.randrange(3)), words(20, index))
         for index in range(12)
     ]
     pool = {"max_model_len": 400, "num_gpu_blocks_override": 90}
-    with serving(family, enable_prefix_caching=True, **pool) as running:
+    with picture_engine(family, enable_prefix_caching=True, **pool) as running:
         preempted = running.record_preemptions()
         asked = ask(running, family, asks, 40)
     assert preempted
-    assert_oracles(oracle_of(family), asked, 40)
+    assert_oracles(picture_oracle(family), asked, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.feature("the text of a multimodal model alone")
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_vl"])
-def test_text_alone(family, serving, oracle_of):
+def test_text_alone(family, picture_engine, picture_oracle):
     """Gemma 3 lets the tokens of an image see later ones; without images its decoder is causal."""
     settings = {"language_model_only": True, "limit_mm_per_prompt": {}}
-    with serving(family, **settings) as running:
+    with picture_engine(family, **settings) as running:
         asked = ask(running, family, prompts()[:2], ANSWER)
     windows = [64, None, 64] if family == "gemma3" else ()
-    assert_oracles(oracle_of(family, windows=windows), asked, ANSWER)
+    assert_oracles(picture_oracle(family, windows=windows), asked, ANSWER)

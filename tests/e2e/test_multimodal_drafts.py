@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e.drafts import Outcomes
-from tests.e2e.engine import engine, write_pattern
 from tests.e2e.pictures import (
     BLOCK,
-    RECENT,
-    SINK,
-    PictureOracle,
     ask,
     assert_oracles,
-    limits_of,
     prompts,
 )
-from tests.e2e.test_exactness import mask_of
 from tests.e2e.test_multimodal import SHOWN
 from tests.models.eagle_heads import make_head
-from tests.models.vision_models import KV_HEADS, make_decoder
+from tests.models.vision_models import make_decoder
 from tests.vision import vision  # noqa: F401 - a fixture
 
 ANSWER = 120
@@ -54,21 +48,16 @@ def drafts_of(method, model, folder):
         case("qwen2_5_vl", "eagle3", pytest.mark.slow),
     ],
 )
-def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_path, monkeypatch):
+def test_layers_that_draft_change_no_token(
+    family, method, vision_model, picture_engine, picture_oracle, tmp_path, monkeypatch
+):
     """All together in a pool that is too small for them; then resuming behind a picture."""
-    model = vision_model(family)
-    with engine(
-        model,
-        write_pattern(tmp_path / "mixed", mask_of("mixed", KV_HEADS)),
-        sink_size=SINK,
-        recent_size=RECENT,
+    with picture_engine(
+        family,
         max_model_len=1000,
-        max_num_batched_tokens=100,
         num_gpu_blocks_override=100,
-        limit_mm_per_prompt=limits_of(family),
-        skip_tokenizer_init=False,
         enable_prefix_caching=True,
-        speculative_config=drafts_of(method, model, tmp_path),
+        speculative_config=drafts_of(method, vision_model(family), tmp_path),
     ) as running:
         preempted = running.record_preemptions()
         outcomes = Outcomes(running.core.scheduler, monkeypatch)
@@ -76,8 +65,7 @@ def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_pat
         # One after the other, so that nobody else takes the blocks between.
         assert running.llm.reset_prefix_cache()
         alone, again = (ask(running, family, prompts()[2:3], ANSWER)[0] for _ in range(2))
-    oracle = PictureOracle(model, mask_of("mixed", KV_HEADS), SINK, RECENT)
-    assert_oracles(oracle, [*asked, alone, again], ANSWER)
+    assert_oracles(picture_oracle(family), [*asked, alone, again], ANSWER)
     assert preempted
     # vLLM drops the last block of a hit where a head drafts.
     whole = (len(again.token_ids) - 1) // BLOCK * BLOCK
@@ -89,19 +77,14 @@ def test_layers_that_draft_change_no_token(family, method, vision_model, tmp_pat
 @pytest.mark.slow
 @pytest.mark.feature("the text of a multimodal model alone", "speculative decoding, draft model")
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-def test_text_alone(family, vision_model, tmp_path, monkeypatch):
-    model = vision_model(family)
-    with engine(
-        model,
-        write_pattern(tmp_path / "mixed", mask_of("mixed", KV_HEADS)),
-        sink_size=SINK,
-        recent_size=RECENT,
+def test_text_alone(family, vision_model, picture_engine, picture_oracle, tmp_path, monkeypatch):
+    with picture_engine(
+        family,
         language_model_only=True,
-        skip_tokenizer_init=False,
-        speculative_config=drafts_of("draft_model", model, tmp_path),
+        speculative_config=drafts_of("draft_model", vision_model(family), tmp_path),
     ) as running:
         outcomes = Outcomes(running.core.scheduler, monkeypatch)
         asked = ask(running, family, prompts()[:2], ANSWER)
-    assert_oracles(PictureOracle(model, mask_of("mixed", KV_HEADS), SINK, RECENT), asked, ANSWER)
+    assert_oracles(picture_oracle(family), asked, ANSWER)
     assert sum(outcomes.accepted[count] for count in (1, 2, 3)) > 10
     assert sum(outcomes.rejected.values()) > 10

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.messages import messages_of
 from vllm_duo.kv_transfer import store as store_module
 from vllm_duo.kv_transfer.store import HEADER_BYTES, Key, Kind, Store
 
@@ -17,11 +18,7 @@ SIZE = len(DATA)
 
 @pytest.fixture
 def told(monkeypatch):
-    told = []
-    monkeypatch.setattr(
-        store_module.logger, "warning", lambda text, *args: told.append(text % args)
-    )
-    return told
+    return messages_of(store_module, monkeypatch)
 
 
 @pytest.fixture
@@ -57,16 +54,18 @@ def test_any_byte_that_changed_is_found(at, store, told):
     store.path(KEY).write_bytes(data)
     assert read(store) is None
     assert not store.has(KEY)
-    assert len(told) == 1
-    assert str(store.path(KEY)) in told[0]
+    ((level, text),) = told
+    assert level == "WARNING"
+    assert str(store.path(KEY)) in text
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, HEADER_BYTES, len(DATA) - 1, len(DATA) + 1])
 def test_another_size_is_found(num_bytes, store, told):
     write(store)
     assert read(store, num_bytes=num_bytes) is None
-    assert len(told) == 1
-    assert "bytes, got" in told[0]
+    ((level, text),) = told
+    assert level == "WARNING"
+    assert "bytes, got" in text
 
 
 def test_files_of_other_names_kinds_and_servers_are_found(store, tmp_path, told):

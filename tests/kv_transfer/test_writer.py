@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.messages import messages_of
 from vllm_duo.kv_transfer import writer as writer_module
 from vllm_duo.kv_transfer.budget import OLD_SECONDS, Budget
 from vllm_duo.kv_transfer.store import HEADER_BYTES, Key, Kind, Store
@@ -40,11 +41,7 @@ def writer_of(store):
 
 @pytest.fixture
 def told(monkeypatch):
-    told = []
-    monkeypatch.setattr(
-        writer_module.logger, "warning", lambda text, *args: told.append(text % args)
-    )
-    return told
+    return messages_of(writer_module, monkeypatch)
 
 
 def submit(writer, number, when_ns=None):
@@ -123,8 +120,9 @@ def test_a_full_disk_is_one_warning_and_is_tried_again(store, writer_of, told, m
     for number in range(5):
         submit(writer, number)
     writer.flush()
-    assert len(told) == 1
-    assert "No space left on device" in told[0]
+    ((level, text),) = told
+    assert level == "WARNING"
+    assert "No space left on device" in text
     assert not writer.wants(key(9), PAYLOAD)
     monkeypatch.setattr(store, "write", write)
     writer._paused_until = 0.0
@@ -139,8 +137,9 @@ def test_a_file_above_the_bound_is_one_warning(store, writer_of, told):
     writer = writer_of(FILE - 1)
     submit(writer, 1)
     writer.flush()
-    assert len(told) == 1
-    assert "does not fit max_bytes" in told[0]
+    ((level, text),) = told
+    assert level == "WARNING"
+    assert "does not fit max_bytes" in text
 
 
 def test_a_slow_disk_holds_back_no_more_than_its_share(store, writer_of, monkeypatch):
