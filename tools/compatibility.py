@@ -144,11 +144,14 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "stop strings": "",
         "penalties": "",
         "beam search": "",
+        "prompts as embeddings": "`--enable-prompt-embeds`",
         "structured outputs": "",
         "metrics on `/metrics`": "",
     },
     "Parallelism": {
         "tensor parallelism": "vLLM's multiprocessing executor, one machine ([how](scale.md))",
+        "more ranks than KV heads": "4 ranks on one machine, 2 KV heads: vLLM copies heads",
+        "balanced ranks": "`balance` ([what it costs](scale.md#what-it-costs-and-balance))",
         "tensor parallelism over Ray": "two nodes, with vLLM's refusal of Ray on CPUs lifted by the "
         "test ([how](scale.md#ray))",
         "KV heads that the ranks do not divide": "nor they the ranks",

@@ -79,30 +79,47 @@ def model_refusals(model: ModelFacts) -> Iterator[str]:
     if model.uses_mla:
         yield "multi-head latent attention (MLA): its cache has no KV heads to split"
     if model.is_encoder_decoder:
-        yield "cross-attention (an encoder-decoder model)"
+        yield (
+            "cross-attention (an encoder-decoder model): duo has caches for what a request's own "
+            "tokens attend to alone"
+        )
     if model.has_other_layers:
-        yield "layers without attention (Mamba, linear attention and their like)"
+        yield (
+            "layers without attention (Mamba, linear attention and their like): their states would "
+            "need a second layout of caches beside duo's"
+        )
     if model.multimodal is not None and not model.is_encoder_decoder:
         yield from _multimodal_refusals(model.multimodal, model.sees_both_ways)
     if model.windows is None:
         yield UNKNOWN
     if model.attention_chunk_size:
-        yield f"chunked local attention ({model.attention_chunk_size} tokens)"
+        yield (
+            f"chunked local attention ({model.attention_chunk_size} tokens): duo's kernels attend to "
+            "all tokens, or to a sink and the recent ones"
+        )
     if model.soft_caps_logits:
-        yield "soft-capped attention logits"
+        yield "soft-capped attention logits: duo's kernels do not cap them"
     if model.uses_alibi:
-        yield "ALiBi position biases"
+        yield "ALiBi position biases: duo's kernels add none"
     if model.is_not_causal:
-        yield "attention that is not causal over the whole request"
+        yield (
+            "attention that is not causal over the whole request: streaming heads drop what a later "
+            "token could still see"
+        )
     if model.has_noops:
-        yield "layers without attention among the model's layers"
+        yield (
+            "layers without attention among the model's layers: a head pattern has a row of heads for "
+            "each of them"
+        )
     if problem := model.own_cache.problem:
         yield f"the checkpoint's own KV cache quantisation: {problem}"
     if model.head_size not in HEAD_SIZES:
         sizes = ", ".join(map(str, HEAD_SIZES))
         yield f"the head size {model.head_size}: supported are {sizes}"
     if model.shares_caches:
-        yield "layers that share another layer's KV cache"
+        yield (
+            "layers that share another layer's KV cache: with duo each layer has caches of its own"
+        )
 
 
 def _multimodal_refusals(model_type: str, sees_both_ways: bool) -> Iterator[str]:

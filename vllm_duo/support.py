@@ -234,7 +234,10 @@ def _parallelism(vllm_config: VllmConfig) -> Iterator[str]:
         if reason := parallel_refusal(name, value):
             yield reason
     if parallel.use_ubatching:
-        yield "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace"
+        yield (
+            "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace, "
+            "leave them out"
+        )
 
 
 def _quantised_cache(cache: CacheConfig) -> Iterator[str]:
@@ -327,7 +330,7 @@ def _draft_model(vllm_config: VllmConfig) -> Iterator[str]:
             "leave it out"
         )
     if speculation.parallel_drafting:
-        yield "what drafts: drafting in parallel is not tested"
+        yield "what drafts: drafting in parallel is not tested, leave parallel_drafting out"
     backend = vllm_config.attention_config.backend
     if speculation.attention_backend not in (None, backend):
         yield (
@@ -345,21 +348,36 @@ def _features(vllm_config: VllmConfig) -> Iterator[str]:
     cache = vllm_config.cache_config
     yield from connector_refusals(vllm_config)
     if vllm_config.ec_transfer_config is not None:
-        yield "encoder caches of other servers (--ec-transfer-config): not tested yet"
+        yield "encoder caches of other servers (--ec-transfer-config): not tested yet, leave it out"
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        yield "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager"
+        yield (
+            "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager, leave "
+            "it out"
+        )
     if reason := cache_dtype_refusal(cache.cache_dtype, dtype_name(vllm_config.model_config)):
         yield reason
     elif cache.cache_dtype in FORMATS:
         yield from _quantised_cache(cache)
     if cache.kv_sharing_fast_prefill:
-        yield "--kv-sharing-fast-prefill"
+        yield (
+            "--kv-sharing-fast-prefill: it is for layers that share a KV cache, and with duo each "
+            "layer has caches of its own; leave it out"
+        )
     if cache.kv_offloading_size is not None:
-        yield "--kv-offloading-size: the offloading connector does not see the streaming caches"
+        yield (
+            "--kv-offloading-size: the offloading connector does not see the streaming caches; leave "
+            "it out, or keep prefixes in files with DuoStorageConnector (docs/kv-storage.md)"
+        )
     if vllm_config.attention_config.use_non_causal:
-        yield "attention that is not causal"
+        yield (
+            "attention that is not causal: streaming heads drop what a later token could still see; "
+            "remove use_non_causal from --attention-config"
+        )
     tried = _settings(vllm_config.additional_config).get("untested_model_runner") is True
     if vllm_config.use_v2_model_runner and not tried:
         yield "vLLM's model runner V2: not tested yet, set VLLM_USE_V2_MODEL_RUNNER=0"
     if vllm_config.attention_config.backend_per_kind:
-        yield "attention backends per kind of layer: all attention layers must run duo"
+        yield (
+            "attention backends per kind of layer: all attention layers must run duo, remove "
+            "backend_per_kind from --attention-config"
+        )

@@ -91,6 +91,12 @@ class Engine:
             max_tokens=max_tokens, temperature=0, logprobs=3, ignore_eos=True, detokenize=False
         )
 
+    def is_compiled(self):
+        """Whether torch.compile is at work: ``enforce_eager`` is not all that switches it off."""
+        from vllm.config import CompilationMode
+
+        return self.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+
     def block_bytes(self):
         """Bytes of a pool block, by every cache that lies in it."""
         config = self.core.scheduler.kv_cache_config

@@ -134,6 +134,20 @@ def test_another_format_takes_no_scales(serve, error_of):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("torch.compile")
+def test_compiled_model_keeps_the_same(serve, error_of):
+    """vLLM's default mode, in which scales of layers could become constants of the graph."""
+    with serve(enforce_eager=False) as running:
+        assert running.is_compiled()
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+    for each in (answers, again):
+        error = error_of(each)
+        assert error <= ERROR
+        assert error_of(each, scales=None) > MATTERS * error, "the scales must matter"
+
+
+@pytest.mark.slow
 @pytest.mark.feature("tensor parallelism")
 def test_two_ranks_keep_what_one_keeps(serve, error_of):
     """The scales are each layer's, so both ranks have them all."""

@@ -94,6 +94,20 @@ def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.feature("torch.compile")
+def test_compiled_model_keeps_the_same(name, serve, checkpoint):
+    """vLLM's default mode, in which attention is one opaque operator."""
+    with serve(name, num_gpu_blocks_override=200, enforce_eager=False) as running:
+        assert running.is_compiled()
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+    for each in (answers, again):
+        error = error_of(checkpoint(SHAPE), each, FORMATS[name])
+        assert error <= ERROR
+        assert error_of(checkpoint(SHAPE), each, None) > MATTERS * error, "what is kept must matter"
+
+
+@pytest.mark.slow
 @pytest.mark.feature("tensor parallelism")
 def test_two_ranks_keep_what_one_keeps(name, serve, checkpoint):
     """The second time the rings of both ranks are restored."""

@@ -100,6 +100,7 @@ def test_compiled_model_gives_the_same_tokens(model, pattern):
     """vLLM's default mode: torch.compile, the attention as one opaque operator."""
     prompts = prompts_of(LENGTHS, seed=4)
     with engine(model, pattern, enforce_eager=False, max_num_batched_tokens=256) as running:
+        assert running.is_compiled()
         answers = running.generate(prompts)
     assert_answers(model, prompts, answers)
 

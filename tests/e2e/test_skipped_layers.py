@@ -132,6 +132,20 @@ def test_layers_with_a_window(serve, error_of):
 
 
 @pytest.mark.slow
+@pytest.mark.feature("torch.compile")
+def test_compiled_model_keeps_the_same(serve, error_of):
+    """vLLM's default mode, in which layers of one graph have caches of two kinds."""
+    with serve(["1"], enforce_eager=False) as running:
+        assert running.is_compiled()
+        answers = running.generate(PROMPTS, ANSWER_TOKENS)
+        again = running.generate(PROMPTS, ANSWER_TOKENS)
+    for each in (answers, again):
+        error = error_of(each, {1})
+        assert error <= ERROR
+        assert error_of(each, set()) > MATTERS * error, "which layers must matter"
+
+
+@pytest.mark.slow
 @pytest.mark.feature("tensor parallelism")
 def test_two_ranks_keep_what_one_keeps(serve, error_of):
     if len(os.sched_getaffinity(0)) < 2:

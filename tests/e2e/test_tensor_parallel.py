@@ -87,14 +87,25 @@ def test_plan_has_the_servers_figures(two_ranks):
 
 
 def run(
-    checkpoint, tmp_path, mask, *, ranks=2, shape=None, watch=lambda scheduler: None, **settings
+    checkpoint,
+    tmp_path,
+    mask,
+    *,
+    table=None,
+    ranks=2,
+    shape=None,
+    watch=lambda scheduler: None,
+    **settings,
 ):
-    """Ask the same twice; with prefix caching the second time resumes at snapshots."""
+    """Ask the same twice; with prefix caching the second time resumes at snapshots.
+
+    ``table``: the pattern's values, where the settings do not cut them at 0.5.
+    """
     model = checkpoint(shape or SHAPE)
     prompts = prompts_of(LENGTHS)
     with engine(
         model,
-        write_pattern(tmp_path / "pattern", mask),
+        write_pattern(tmp_path / "pattern", mask if table is None else table),
         sink_size=SINK,
         recent_size=RECENT,
         max_num_batched_tokens=100,
@@ -120,6 +131,19 @@ def test_tokens_are_the_oracles_for_every_mask(mask, caching, checkpoint, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.feature("balanced ranks")
+def test_balanced_ranks_give_the_oracles_tokens(checkpoint, tmp_path):
+    """Rank 0 has the higher values: cut together, all heads of rank 1 would stream."""
+    table = [[0.9, 0.8, 0.1, 0.2], [0.6, 0.9, 0.3, 0.1], [0.7, 0.6, 0.2, 0.4]]
+    pattern = HeadPattern(table)
+    chosen = pattern.select(sparsity=0.5, balance_ranks=2).retrieval
+    assert (chosen != pattern.select(sparsity=0.5).retrieval).any()
+    duo = {"threshold": None, "sparsity": 0.5, "balance": True}
+    run(checkpoint, tmp_path, chosen, table=table, duo_settings=duo)
+
+
+@pytest.mark.slow
+@pytest.mark.feature("more ranks than KV heads")
 def test_four_ranks_share_two_kv_heads(checkpoint, tmp_path):
     """More ranks than KV heads: vLLM copies them."""
     shape = Shape("llama", group=8, head_size=32, kv_heads=2)

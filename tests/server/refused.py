@@ -27,12 +27,17 @@ from tests.server.configs import (
 )
 
 OTHER_SCALES = "quantised KV cache, other scales of the checkpoint"
+ALIBI = "ALiBi position biases: duo's kernels add none"
 HEAD_SIZES = "supported are 16, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256"
 REFUSED_MODELS = {
-    "soft-capped logits": (GEMMA_2, "soft-capped attention logits"),
-    "chunked local attention": (LLAMA_4 | CHUNKED, "chunked local attention (64 tokens)"),
-    "ALiBi by model": (BLOOM, "ALiBi position biases"),
-    "ALiBi by setting": (FALCON, "ALiBi position biases"),
+    "soft-capped logits": (GEMMA_2, "soft-capped attention logits: duo's kernels do not cap them"),
+    "chunked local attention": (
+        LLAMA_4 | CHUNKED,
+        "chunked local attention (64 tokens): duo's kernels attend to all tokens, or to a sink and the "
+        "recent ones",
+    ),
+    "ALiBi by model": (BLOOM, ALIBI),
+    "ALiBi by setting": (FALCON, ALIBI),
     "multi-head latent attention (MLA)": (
         DEEPSEEK | MLA,
         "multi-head latent attention (MLA): its cache has no KV heads to split",
@@ -40,7 +45,8 @@ REFUSED_MODELS = {
     ),
     "encoder-decoder models": (
         WHISPER | ENCODER | DECODER | TOKENS,
-        "cross-attention (an encoder-decoder model)",
+        "cross-attention (an encoder-decoder model): duo has caches for what a request's own tokens "
+        "attend to alone",
     ),
     "images whose tokens see later ones": (
         PALIGEMMA,
@@ -54,11 +60,12 @@ REFUSED_MODELS = {
     ),
     "Mamba and linear-attention layers": (
         JAMBA,
-        "layers without attention (Mamba, linear attention and their like)",
+        "layers without attention (Mamba, linear attention and their like): their states would need a "
+        "second layout of caches beside duo's",
     ),
     "layers that share a KV cache": (
         GEMMA_3N | FULL | {"num_kv_shared_layers": 1},
-        "layers that share another layer's KV cache",
+        "layers that share another layer's KV cache: with duo each layer has caches of its own",
     ),
     "embeddings and pooling": (
         config_json("BertModel", "bert"),
@@ -117,7 +124,7 @@ REFUSED_SETTINGS = {
         {"kv_cache_dtype": "bfloat16"},
     ),
     "hybrid KV cache manager switched off": (
-        "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager",
+        "--disable-hybrid-kv-cache-manager: two kinds of cache need the hybrid manager, leave it out",
         {"disable_hybrid_kv_cache_manager": True},
     ),
     "KV connectors of others": (
@@ -126,24 +133,32 @@ REFUSED_SETTINGS = {
         {"kv_transfer_config": CONNECTOR},
     ),
     "encoder caches of other servers": (
-        "encoder caches of other servers (--ec-transfer-config): not tested yet",
+        "encoder caches of other servers (--ec-transfer-config): not tested yet, leave it out",
         {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}},
     ),
-    "KV-sharing fast prefill": ("--kv-sharing-fast-prefill", {"kv_sharing_fast_prefill": True}),
+    "KV-sharing fast prefill": (
+        "--kv-sharing-fast-prefill: it is for layers that share a KV cache, and with duo each layer "
+        "has caches of its own; leave it out",
+        {"kv_sharing_fast_prefill": True},
+    ),
     "KV offloading": (
-        "--kv-offloading-size: the offloading connector does not see the streaming caches",
+        "--kv-offloading-size: the offloading connector does not see the streaming caches; leave it "
+        "out, or keep prefixes in files with DuoStorageConnector (docs/kv-storage.md)",
         {"kv_offloading_size": 1.0},
     ),
     "attention that is not causal": (
-        "attention that is not causal",
+        "attention that is not causal: streaming heads drop what a later token could still see; remove "
+        "use_non_causal from --attention-config",
         {"attention_backend": None, "attention_config": {"backend": "duo", "use_non_causal": True}},
     ),
     "microbatches (`--ubatch-size`)": (
-        "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace",
+        "microbatches (--enable-dbo, --ubatch-size): their threads would share one workspace, leave "
+        "them out",
         {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
     ),
     "attention backends per kind of layer": (
-        "attention backends per kind of layer: all attention layers must run duo",
+        "attention backends per kind of layer: all attention layers must run duo, remove "
+        "backend_per_kind from --attention-config",
         {"attention_backend": None, "attention_config": PER_KIND},
     ),
 }

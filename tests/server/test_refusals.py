@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.server.configs import FALCON, LLAMA, reasons_of
-from tests.server.refused import REFUSED_MODELS, REFUSED_SETTINGS, refused
+from tests.server.refused import ALIBI, REFUSED_MODELS, REFUSED_SETTINGS, refused
 from vllm_duo.model_facts import ModelFacts, model_refusals
 from vllm_duo.windows import layer_windows
 
@@ -52,7 +52,7 @@ def test_every_reason_is_told_at_once(serve):
 
 
 def test_they_come_before_a_missing_pattern(serve):
-    assert reasons_of(serve, FALCON, table=None) == ["ALiBi position biases"]
+    assert reasons_of(serve, FALCON, table=None) == [ALIBI]
 
 
 @pytest.mark.refused("sliding windows of several sizes")

@@ -63,17 +63,22 @@ def config_reasons(config: Any) -> Iterator[str]:
         yield "it has no attention layers"
         return
     if setting("is_encoder_decoder"):
-        yield "cross-attention (an encoder-decoder model)"
+        yield "cross-attention (an encoder-decoder model): duo serves decoders alone"
     if setting("kv_lora_rank"):
         yield "multi-head latent attention (MLA): its cache has no KV heads to split"
     if setting("attn_logit_softcapping"):
-        yield "soft-capped attention logits"
+        yield "soft-capped attention logits: duo's kernels do not cap them"
     if setting("attention_chunk_size"):
-        yield f"chunked local attention ({setting('attention_chunk_size')} tokens)"
+        yield (
+            f"chunked local attention ({setting('attention_chunk_size')} tokens): duo's kernels attend "
+            "to all tokens, or to a sink and the recent ones"
+        )
     if setting("num_kv_shared_layers"):
-        yield "layers that share another layer's KV cache"
+        yield (
+            "layers that share another layer's KV cache: with duo each layer has caches of its own"
+        )
     if setting("alibi") or setting("use_alibi"):
-        yield "ALiBi position biases"
+        yield "ALiBi position biases: duo's kernels add none"
     yield from _window_reasons(config)
     found = model_class(whole)
     if found is None:
