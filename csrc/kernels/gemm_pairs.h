@@ -1,9 +1,9 @@
 // The one multiplication of prefill in bf16: 32 rows times 32 columns, in tile registers where
 // DUO_TILES says so, else in vectors.
 //
-// Both sides lie in tiles of 16 rows of 16 words. A row of a left tile has 32 consecutive elements
-// of a row of the matrix; a row of a right tile has 16 columns' elements of two consecutive rows,
-// as pairs.
+// Both sides are read in tiles of 16 rows of 16 words. A row of a left tile has 32 consecutive
+// elements of a row of the matrix; a row of a right tile has 16 columns' elements of two
+// consecutive rows, as pairs.
 #pragma once
 
 #include "tiles.h"
@@ -15,16 +15,27 @@ constexpr int BLOCK_SIDE = 2 * TILE_SIDE;
 // Rows of a right matrix, columns of a left one, in a tile.
 constexpr int TILE_DEPTH = 2 * TILE_SIDE;
 
+// Where 32 rows of a left matrix lie, in words: a tile's rows and tiles from side to side may be
+// any distance apart.
+struct LeftTiles {
+    const uint32_t* first;
+    int64_t row;   // from a row of a tile to the next one
+    int64_t tile;  // from a tile to the next one of the same rows
+    int64_t half;  // from the first 16 rows to the others
+};
+
 #if DUO_TILES
 
 struct Multiplier {
     Tiles tiles;
 
-    // to = (Add ? to : 0) + left * right. `left`: tiles of the first 16 rows, `left_next` words
-    // further those of the other 16; `right` likewise by columns; `depth` tiles each.
+    // to = (Add ? to : 0) + left * right. `right`: whole tiles one after another of the first 16
+    // columns, `right_next` words further those of the other 16; `depth` tiles each. All blocks of
+    // rows go through the right side before they meet a tile of it again.
     template <bool Add>
-    DUO_INLINE void block(const uint32_t* left, int64_t left_next, const uint32_t* right,
-                          int64_t right_next, int depth, float* to, int64_t to_stride) {
+    DUO_INLINE void block(LeftTiles left, const uint32_t* right, int64_t right_next, int depth,
+                          float* to, int64_t to_stride) {
+        const int64_t row_bytes = left.row * static_cast<int64_t>(sizeof(uint32_t));
         const int64_t to_bytes = to_stride * static_cast<int64_t>(sizeof(float));
         float* below = to + TILE_SIDE * to_stride;
         if constexpr (Add) {
@@ -38,13 +49,14 @@ struct Multiplier {
             tiles.zero<2>();
             tiles.zero<3>();
         }
-        for (int i = 0; i < depth; ++i, left += TILE_WORDS, right += TILE_WORDS) {
-            tiles.load<4>(left, TILE_ROW_BYTES);
-            tiles.load<6>(right, TILE_ROW_BYTES);
+        const uint32_t* above = left.first;
+        for (int i = 0; i < depth; ++i, above += left.tile, right += TILE_WORDS) {
+            tiles.load<4>(above, row_bytes);
+            tiles.load_once<6>(right, TILE_ROW_BYTES);
             tiles.multiply<0, 4, 6>();
-            tiles.load<7>(right + right_next, TILE_ROW_BYTES);
+            tiles.load_once<7>(right + right_next, TILE_ROW_BYTES);
             tiles.multiply<1, 4, 7>();
-            tiles.load<5>(left + left_next, TILE_ROW_BYTES);
+            tiles.load<5>(above + left.half, row_bytes);
             tiles.multiply<2, 5, 6>();
             tiles.multiply<3, 5, 7>();
         }
@@ -59,12 +71,12 @@ struct Multiplier {
 
 struct Multiplier {
     template <bool Add>
-    DUO_INLINE void block(const uint32_t* left, int64_t left_next, const uint32_t* right,
-                          int64_t right_next, int depth, float* to, int64_t to_stride) {
+    DUO_INLINE void block(LeftTiles left, const uint32_t* right, int64_t right_next, int depth,
+                          float* to, int64_t to_stride) {
         constexpr int rows = 8;  // sums and both columns' pairs stay in registers
         for (int first = 0; first < BLOCK_SIDE; first += rows) {
             const uint32_t* a =
-                left + first / TILE_SIDE * left_next + first % TILE_SIDE * TILE_SIDE;
+                left.first + first / TILE_SIDE * left.half + first % TILE_SIDE * left.row;
             float* at = to + first * to_stride;
             Vec total[rows][2] = {};
 #pragma GCC unroll 16
@@ -79,7 +91,7 @@ struct Multiplier {
                     const Pairs b1 = *reinterpret_cast<const VecBitsAny*>(b + right_next);
 #pragma GCC unroll 16
                     for (int r = 0; r < rows; ++r) {
-                        const Pairs x = broadcast_pair(a[i * TILE_WORDS + r * TILE_SIDE + p]);
+                        const Pairs x = broadcast_pair(a + i * left.tile + r * left.row + p);
                         total[r][0] = add_products(total[r][0], x, b0);
                         total[r][1] = add_products(total[r][1], x, b1);
                     }

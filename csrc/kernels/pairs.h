@@ -28,7 +28,12 @@ DUO_INLINE Pairs load_any_pairs(const BFloat16* row, int c, HeadChunks chunks) {
     return c < chunks.full ? load_pairs(row + c * CHUNK) : load_half_pairs(row + c * CHUNK);
 }
 
-DUO_INLINE Pairs broadcast_pair(uint32_t pair) { return Pairs{} + pair; }
+// Written as whatever it may have been: weights lie where floats lay.
+typedef uint32_t PairAny __attribute__((may_alias));
+
+DUO_INLINE Pairs broadcast_pair(const uint32_t* from) {
+    return Pairs{} + *reinterpret_cast<const PairAny*>(from);
+}
 
 // total + a's first elements * b's first + a's second * b's second, lane by lane.
 DUO_INLINE Vec add_products(Vec total, Pairs a, Pairs b) {

@@ -8,35 +8,34 @@
 namespace duo {
 namespace {
 
-constexpr int PAIR_TILE_KEYS = 256;
+// A block's scores, outputs and queries fill the first-level cache (48 KB with heads of 64); keys
+// and values pass by it.
+constexpr int PAIR_TILE_KEYS = 320;
 
-// Of weights from one half of a block's rows to the other, of values from a chunk's even elements
-// to its odd ones.
+// Of values, from a chunk's even elements to its odd ones.
 constexpr int64_t HALF_WORDS = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
 
 struct PairsScratch {
-    uint32_t* query;   // [rows / 16, chunks] tiles
-    uint32_t* key;     // [keys / 16, chunks] tiles: 32 elements of the head, of 16 keys
-    uint32_t* value;   // [chunks, 2, keys / 32] tiles: 32 keys' even elements, and their odd ones
-    uint32_t* weight;  // [2, keys / 32] tiles
-    float* score;      // [BLOCK_SIDE, PAIR_TILE_KEYS]
-    float* output;     // [rows, padded] in chunk order
-    float* sum;        // [rows, LANES], partial sums of the weights
-    float* base;       // [rows], the exponents of 2 that weights are relative to: whole numbers
+    uint32_t* query;  // [rows / 16, chunks] tiles
+    uint32_t* key;    // [keys / 16, chunks] tiles: 32 elements of the head, of 16 keys
+    uint32_t* value;  // [chunks, 2, keys / 32] tiles: 32 keys' even elements, and their odd ones
+    float* score;     // [BLOCK_SIDE, PAIR_TILE_KEYS], then as many weights in each row's first half
+    float* output;    // [rows, padded] in chunk order
+    float* sum;       // [rows, LANES], partial sums of the weights
+    float* base;      // [rows], the exponents of 2 that weights are relative to: whole numbers
 
     PairsScratch(float* at, int64_t rows, int64_t padded) {
         query = reinterpret_cast<uint32_t*>(at);
         key = query + rows * padded / 2;
         value = key + PAIR_TILE_KEYS * padded / 2;
-        weight = value + PAIR_TILE_KEYS * padded / 2;
-        score = reinterpret_cast<float*>(weight + BLOCK_SIDE * PAIR_TILE_KEYS / 2);
+        score = reinterpret_cast<float*>(value + PAIR_TILE_KEYS * padded / 2);
         output = score + BLOCK_SIDE * PAIR_TILE_KEYS;
         sum = output + rows * padded;
         base = sum + rows * LANES;
     }
 
     static int64_t floats(int64_t rows, int64_t padded) {
-        return rows * padded / 2 + PAIR_TILE_KEYS * padded + BLOCK_SIDE * PAIR_TILE_KEYS * 3 / 2 +
+        return rows * padded / 2 + PAIR_TILE_KEYS * padded + BLOCK_SIDE * PAIR_TILE_KEYS +
                rows * (padded + LANES + 1);
     }
 };
@@ -143,18 +142,17 @@ struct PrefillPairs : PrefillRows {
         return (Vec)((VecBits)now & (VecBits)(now > -__builtin_inff()));
     }
 
-    // Scores of 16 rows from `first` on become weights in tiles.
-    DUO_INLINE void weigh_tiles(int first, Columns all, const float* score, uint32_t* weight) {
+    // Scores of 16 rows from `first` on become weights, over scores that were read before.
+    DUO_INLINE void weigh_rows(int first, Columns all, float* score) {
         const Vec base = raise_base(first, all, score);
         for (int r = 0; r < TILE_SIDE; ++r) {
-            const float* row = score + r * PAIR_TILE_KEYS;
+            float* row = score + r * PAIR_TILE_KEYS;
             const WholeExponents exponents(factor, base[r]);
             Vec total = load(scratch.sum + (first + r) * LANES);
-            uint32_t* to = weight + all.low / TILE_DEPTH * TILE_WORDS + r * TILE_SIDE;
-            for (int k = all.low; k < all.high; k += TILE_DEPTH, to += TILE_WORDS) {
+            for (int k = all.low; k < all.high; k += TILE_DEPTH) {
                 const Vec a = exponents.weigh(load(row + k));
                 const Vec b = exponents.weigh(load(row + k + LANES));
-                *reinterpret_cast<Pairs*>(to) = to_pairs(a, b);
+                store(row + k / 2, (Vec)to_pairs(a, b));
                 total += a + b;
             }
             store(scratch.sum + (first + r) * LANES, total);
@@ -167,26 +165,31 @@ struct PrefillPairs : PrefillRows {
         if (seen.low >= seen.high) return;
         const Columns all = widened(seen, TILE_DEPTH);
         const int64_t head_tiles = int64_t{chunks.all()} * TILE_WORDS;
-        const uint32_t* query = scratch.query + first / TILE_SIDE * head_tiles;
+        const LeftTiles query{scratch.query + first / TILE_SIDE * head_tiles, TILE_SIDE, TILE_WORDS,
+                              head_tiles};
         for (int k = all.low; k < all.high; k += BLOCK_SIDE) {
-            multiply.block<false>(query, head_tiles, scratch.key + k / TILE_SIDE * head_tiles,
-                                  head_tiles, chunks.all(), scratch.score + k, PAIR_TILE_KEYS);
+            multiply.block<false>(query, scratch.key + k / TILE_SIDE * head_tiles, head_tiles,
+                                  chunks.all(), scratch.score + k, PAIR_TILE_KEYS);
         }
-        for (int r = first; r < end; ++r) {
-            const Columns own = columns(r, r, begin, count, recent);
-            if (own.low > all.low || own.high < all.high) {
-                hide_scores(scratch.score + (r - first) * PAIR_TILE_KEYS, all, own);
+        const auto of_row = [&](int r) __attribute__((always_inline)) {
+            return columns(r, r, begin, count, recent);
+        };
+        // Rows between two that see everything see everything too.
+        if (!holds(of_row(first), all) || !holds(of_row(end - 1), all)) {
+            for (int r = first; r < end; ++r) {
+                hide_scores(scratch.score + (r - first) * PAIR_TILE_KEYS, all, of_row(r));
             }
         }
-        for (int h = 0; h < 2; ++h) {
-            weigh_tiles(first + h * TILE_SIDE, all, scratch.score + h * TILE_SIDE * PAIR_TILE_KEYS,
-                        scratch.weight + h * HALF_WORDS);
+        for (int h = 0; h < BLOCK_SIDE; h += TILE_SIDE) {
+            weigh_rows(first + h, all, scratch.score + h * PAIR_TILE_KEYS);
         }
-        const int64_t skipped = all.low / TILE_DEPTH * TILE_WORDS;
+        const int skipped = all.low / TILE_DEPTH;
+        const uint32_t* weight = reinterpret_cast<const uint32_t*>(scratch.score);
+        const LeftTiles weights{weight + skipped * TILE_SIDE, PAIR_TILE_KEYS, TILE_SIDE,
+                                TILE_SIDE * PAIR_TILE_KEYS};
         for (int c = 0; c < chunks.all(); ++c) {
-            multiply.block<true>(scratch.weight + skipped, HALF_WORDS,
-                                 scratch.value + c * 2 * HALF_WORDS + skipped, HALF_WORDS,
-                                 (all.high - all.low) / TILE_DEPTH,
+            multiply.block<true>(weights, scratch.value + c * 2 * HALF_WORDS + skipped * TILE_WORDS,
+                                 HALF_WORDS, (all.high - all.low) / TILE_DEPTH,
                                  scratch.output + int64_t{first} * padded + c * CHUNK, padded);
         }
     }

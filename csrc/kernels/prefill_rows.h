@@ -22,6 +22,10 @@ DUO_INLINE Columns widened(Columns columns, int step) {
     return {columns.low / step * step, (columns.high + step - 1) / step * step};
 }
 
+DUO_INLINE bool holds(Columns columns, Columns others) {
+    return columns.low <= others.low && others.high <= columns.high;
+}
+
 // What of an item does not depend on the caches' dtype: compiled once for all of them.
 struct PrefillRows {
     const LayerStep& step;

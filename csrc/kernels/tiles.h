@@ -69,6 +69,13 @@ class Tiles {
                          : "memory");
     }
 
+    // Lines that are not in the first-level cache do not displace others there.
+    template <int I>
+    DUO_INLINE void load_once(const void* from, int64_t stride_bytes) {
+        __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride_bytes), "i"(I)
+                         : "memory");
+    }
+
     template <int I>
     DUO_INLINE void store(void* to, int64_t stride_bytes) {
         __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride_bytes), "i"(I)
@@ -102,6 +109,11 @@ class Tiles {
     }
 
     template <int I>
+    void load_once(const void* from, int64_t stride_bytes) {
+        load<I>(from, stride_bytes);
+    }
+
+    template <int I>
     void store(void* to, int64_t stride_bytes) {
         for (int r = 0; r < config_.rows[I]; ++r) {
             std::memcpy(static_cast<char*>(to) + r * stride_bytes, words_[I][r],
@@ -115,7 +127,7 @@ class Tiles {
             Vec total = duo::load(reinterpret_cast<const float*>(words_[C][r]));
             for (int p = 0; p < TILE_SIDE; ++p) {
                 const Pairs b = *reinterpret_cast<const VecBitsAny*>(words_[B][p]);
-                total = add_products(total, broadcast_pair(words_[A][r][p]), b);
+                total = add_products(total, broadcast_pair(words_[A][r] + p), b);
             }
             duo::store(reinterpret_cast<float*>(words_[C][r]), total);
         }
