@@ -22,6 +22,14 @@ struct LeftTiles {
     int64_t row;   // from a row of a tile to the next one
     int64_t tile;  // from a tile to the next one of the same rows
     int64_t half;  // from the first 16 rows to the others
+    int parts;     // each as deep as the right matrix: terms whose sum is the left one
+};
+
+// Where 32 columns of a right matrix lie: whole tiles one after another.
+struct RightTiles {
+    const uint32_t* first;
+    int64_t half;  // words from the first 16 columns to the others
+    int depth;     // tiles of each
 };
 
 #if DUO_TILES
@@ -29,12 +37,10 @@ struct LeftTiles {
 struct Multiplier {
     Tiles tiles;
 
-    // to = (Add ? to : 0) + left * right. `right`: whole tiles one after another of the first 16
-    // columns, `right_next` words further those of the other 16; `depth` tiles each. All blocks of
-    // rows go through the right side before they meet a tile of it again.
+    // to = (Add ? to : 0) + left * right. All blocks of rows go through a right matrix before they
+    // meet a tile of it again.
     template <bool Add>
-    DUO_INLINE void block(LeftTiles left, const uint32_t* right, int64_t right_next, int depth,
-                          float* to, int64_t to_stride) {
+    DUO_INLINE void block(LeftTiles left, RightTiles right, float* to, int64_t to_stride) {
         const int64_t row_bytes = left.row * static_cast<int64_t>(sizeof(uint32_t));
         const int64_t to_bytes = to_stride * static_cast<int64_t>(sizeof(float));
         float* below = to + TILE_SIDE * to_stride;
@@ -50,15 +56,18 @@ struct Multiplier {
             tiles.zero<3>();
         }
         const uint32_t* above = left.first;
-        for (int i = 0; i < depth; ++i, above += left.tile, right += TILE_WORDS) {
-            tiles.load<4>(above, row_bytes);
-            tiles.load_once<6>(right, TILE_ROW_BYTES);
-            tiles.multiply<0, 4, 6>();
-            tiles.load_once<7>(right + right_next, TILE_ROW_BYTES);
-            tiles.multiply<1, 4, 7>();
-            tiles.load<5>(above + left.half, row_bytes);
-            tiles.multiply<2, 5, 6>();
-            tiles.multiply<3, 5, 7>();
+        for (int part = 0; part < left.parts; ++part) {
+            const uint32_t* beside = right.first;
+            for (int i = 0; i < right.depth; ++i, above += left.tile, beside += TILE_WORDS) {
+                tiles.load<4>(above, row_bytes);
+                tiles.load_once<6>(beside, TILE_ROW_BYTES);
+                tiles.multiply<0, 4, 6>();
+                tiles.load_once<7>(beside + right.half, TILE_ROW_BYTES);
+                tiles.multiply<1, 4, 7>();
+                tiles.load<5>(above + left.half, row_bytes);
+                tiles.multiply<2, 5, 6>();
+                tiles.multiply<3, 5, 7>();
+            }
         }
         tiles.store<0>(to, to_bytes);
         tiles.store<1>(to + TILE_SIDE, to_bytes);
@@ -71,8 +80,7 @@ struct Multiplier {
 
 struct Multiplier {
     template <bool Add>
-    DUO_INLINE void block(LeftTiles left, const uint32_t* right, int64_t right_next, int depth,
-                          float* to, int64_t to_stride) {
+    DUO_INLINE void block(LeftTiles left, RightTiles right, float* to, int64_t to_stride) {
         constexpr int rows = 8;  // sums and both columns' pairs stay in registers
         for (int first = 0; first < BLOCK_SIDE; first += rows) {
             const uint32_t* a =
@@ -84,11 +92,11 @@ struct Multiplier {
                 total[r][0] = load(at + r * to_stride);
                 total[r][1] = load(at + r * to_stride + TILE_SIDE);
             }
-            for (int i = 0; i < depth; ++i) {
+            for (int i = 0; i < left.parts * right.depth; ++i) {
                 for (int p = 0; p < TILE_SIDE; ++p) {
-                    const uint32_t* b = right + i * TILE_WORDS + p * TILE_SIDE;
+                    const uint32_t* b = right.first + i % right.depth * TILE_WORDS + p * TILE_SIDE;
                     const Pairs b0 = *reinterpret_cast<const VecBitsAny*>(b);
-                    const Pairs b1 = *reinterpret_cast<const VecBitsAny*>(b + right_next);
+                    const Pairs b1 = *reinterpret_cast<const VecBitsAny*>(b + right.half);
 #pragma GCC unroll 16
                     for (int r = 0; r < rows; ++r) {
                         const Pairs x = broadcast_pair(a + i * left.tile + r * left.row + p);

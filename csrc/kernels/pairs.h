@@ -13,21 +13,6 @@ static_assert(LANES == 16, "pairs are for variants of 16 lanes");
 // A chunk of bf16 elements, in their own order.
 using Pairs = VecBits;
 
-DUO_INLINE Pairs load_pairs(const BFloat16* from) {
-    return *reinterpret_cast<const VecBitsAny*>(from);
-}
-
-// The first half of a chunk; the other elements are 0.
-DUO_INLINE Pairs load_half_pairs(const BFloat16* from) {
-    BFloat16 padded[CHUNK] = {};
-    std::memcpy(padded, from, sizeof(padded) / 2);
-    return load_pairs(padded);
-}
-
-DUO_INLINE Pairs load_any_pairs(const BFloat16* row, int c, HeadChunks chunks) {
-    return c < chunks.full ? load_pairs(row + c * CHUNK) : load_half_pairs(row + c * CHUNK);
-}
-
 // Written as whatever it may have been: weights lie where floats lay.
 typedef uint32_t PairAny __attribute__((may_alias));
 
@@ -53,8 +38,38 @@ DUO_INLINE Pairs to_pairs(Vec first, Vec second) {
 #else
     OrderedBFloat16 ordered[CHUNK];
     store_chunk(ordered, {first, second});
-    return load_pairs(reinterpret_cast<const BFloat16*>(ordered));
+    return *reinterpret_cast<const VecBitsAny*>(ordered);
 #endif
+}
+
+DUO_INLINE Pairs load_pairs(const BFloat16* from) {
+    return *reinterpret_cast<const VecBitsAny*>(from);
+}
+
+// Numbers of 8 bits and fewer, without their scale: bf16 holds every one of them.
+template <typename T>
+DUO_INLINE Pairs load_pairs(const T* from) {
+    static_assert(IS_QUANTISED<T>);
+    const Chunk x = load_chunk(from);
+    if constexpr (CHUNK_OF<T> == CHUNK) {
+        return to_pairs(x.a, x.b);
+    } else {  // even and odd ones
+        return ((VecBits)x.a >> 16) | ((VecBits)x.b & 0xffff0000u);
+    }
+}
+
+// The first half of a chunk; the other elements are 0.
+template <typename T>
+DUO_INLINE Pairs load_half_pairs(const T* from) {
+    T padded[CHUNK_OF<T>] = {};
+    std::memcpy(padded, from, sizeof(padded) / 2);
+    return load_pairs(padded);
+}
+
+template <typename T>
+DUO_INLINE Pairs load_any_pairs(const T* row, int c, HeadChunks chunks) {
+    const T* at = row + c * CHUNK_OF<T>;
+    return c < chunks.full ? load_pairs(at) : load_half_pairs(at);
 }
 
 // Of two rows of elements, pairs of the same element of both: of the even elements, and of the odd
@@ -73,12 +88,47 @@ DUO_INLINE Vec to_whole(Vec x) {
     return x + shift - shift;
 }
 
+// While it lives, this thread's results below 2 ** -126 are 0. Products of bf16 pairs take them for
+// 0 anyway; without it each vector with such a weight takes a hundred times as long.
+class FlushSubnormals {
+  public:
+    FlushSubnormals(const FlushSubnormals&) = delete;
+    FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+#if defined(__AVX512DQ__)
+    FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+    ~FlushSubnormals() { _mm_setcsr(before_); }
+
+  private:
+    const unsigned before_;
+#else
+    FlushSubnormals() = default;
+#endif
+};
+
 // Weights 2 ** (factor * score - base) that are rounded to bf16 next: to within 2 ** -13.7 by a
-// minimax polynomial, exactly 0 below 2 ** -126. `base` is a whole number, so that subtracting it
-// changes no fraction: factor and base cost one instruction together.
+// minimax polynomial, 0 below 2 ** -126. `base` is a whole number.
 struct WholeExponents {
+#if defined(__AVX512DQ__)
+    const Vec factor, negative_base;
+
+    DUO_INLINE WholeExponents(float of_score, float base)
+        : factor(broadcast(of_score)), negative_base(broadcast(-base)) {}
+
+    DUO_INLINE Vec weigh(Vec score) const {
+        const Vec x = score * factor + negative_base;
+        const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+        Vec p = broadcast(7.80245231e-2f);
+        p = p * f + 2.26067167e-1f;
+        p = p * f + 6.95833529e-1f;
+        p = p * f + 9.99925220e-1f;
+        return _mm512_scalef_ps(p, x);  // p * 2 ** floor(x)
+    }
+#else
     const Vec factor, shift, least;
 
+    // Subtracting a whole number changes no fraction: factor and base cost one instruction
+    // together.
     DUO_INLINE WholeExponents(float of_score, float base)
         : factor(broadcast(of_score)),
           shift(broadcast(ROUNDING_SHIFT - base)),
@@ -97,6 +147,7 @@ struct WholeExponents {
         const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
         return (Vec)(shifted > least ? scaled : VecBits{});
     }
+#endif
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Prefill over bf16 caches in bf16 products: like prefill.h, but keys, values, queries and weights
-// stay bf16 and only scores, sums and outputs are float32.
+// Prefill of bf16 activations in bf16 products: like prefill.h, but keys, values, queries and
+// weights stay bf16 and only scores, sums and outputs are float32. Quantised keys and values become
+// bf16 without their scales, which is exact; scores and weights are scaled in float32.
 #pragma once
 
 #include "gemm_pairs.h"
@@ -16,7 +17,7 @@ constexpr int PAIR_TILE_KEYS = 320;
 constexpr int64_t HALF_WORDS = int64_t{PAIR_TILE_KEYS / TILE_DEPTH} * TILE_WORDS;
 
 struct PairsScratch {
-    uint32_t* query;  // [rows / 16, chunks] tiles
+    uint32_t* query;  // [rows / 16, parts, chunks] tiles
     uint32_t* key;    // [keys / 16, chunks] tiles: 32 elements of the head, of 16 keys
     uint32_t* value;  // [chunks, 2, keys / 32] tiles: 32 keys' even elements, and their odd ones
     float* score;     // [BLOCK_SIDE, PAIR_TILE_KEYS], then as many weights in each row's first half
@@ -24,9 +25,12 @@ struct PairsScratch {
     float* sum;       // [rows, LANES], partial sums of the weights
     float* base;      // [rows], the exponents of 2 that weights are relative to: whole numbers
 
+    // Of a rotated query: what bf16 holds of it, and the rest.
+    static constexpr int MOST_PARTS = 2;
+
     PairsScratch(float* at, int64_t rows, int64_t padded) {
         query = reinterpret_cast<uint32_t*>(at);
-        key = query + rows * padded / 2;
+        key = query + MOST_PARTS * rows * padded / 2;
         value = key + PAIR_TILE_KEYS * padded / 2;
         score = reinterpret_cast<float*>(value + PAIR_TILE_KEYS * padded / 2);
         output = score + BLOCK_SIDE * PAIR_TILE_KEYS;
@@ -35,8 +39,8 @@ struct PairsScratch {
     }
 
     static int64_t floats(int64_t rows, int64_t padded) {
-        return rows * padded / 2 + PAIR_TILE_KEYS * padded + BLOCK_SIDE * PAIR_TILE_KEYS +
-               rows * (padded + LANES + 1);
+        return MOST_PARTS * rows * padded / 2 + PAIR_TILE_KEYS * padded +
+               BLOCK_SIDE * PAIR_TILE_KEYS + rows * (padded + LANES + 1);
     }
 };
 
@@ -48,28 +52,68 @@ DUO_INLINE int64_t pairs_scratch_floats(int64_t rows, int padded) {
     return PairsScratch::floats(whole_pair_blocks(rows), padded);
 }
 
+// Scales of a tile's tokens.
+struct PairsScales {
+    float key[PAIR_TILE_KEYS] = {};
+    float value[PAIR_TILE_KEYS] = {};
+};
+
+// The arithmetic, compiled once for all dtypes of caches.
 struct PrefillPairs : PrefillRows {
     const PairsScratch scratch;
     Multiplier multiply;
+    FlushSubnormals flush;
+    const int parts;     // of a query
     const float factor;  // of scores, so that their differences are exponents of 2
 
-    PrefillPairs(const LayerStep& s, const Item& item, float* base)
+    PrefillPairs(const LayerStep& s, const Item& item, int parts_of_query, float unit, float* base)
         : PrefillRows(s, item),
           scratch(base, whole_pair_blocks(rows), padded),
-          factor(s.scale * LOG2E) {}
+          parts(parts_of_query),
+          factor(s.scale * s.key_scale * unit * LOG2E) {}
+
+    // Words of 16 rows' queries.
+    int64_t query_words() const { return int64_t{parts} * chunks.all() * TILE_WORDS; }
+
+    // Where a row's queries go, tile by tile.
+    uint32_t* query_at(int row) const {
+        return scratch.query + row / TILE_SIDE * query_words() + row % TILE_SIDE * TILE_SIDE;
+    }
+
+    void load_query(int row) {
+        const auto* from = reinterpret_cast<const BFloat16*>(address(step.query, row));
+        uint32_t* to = query_at(row);
+        for (int c = 0; c < chunks.all(); ++c, to += TILE_WORDS) {
+            *reinterpret_cast<Pairs*>(to) = load_any_pairs(from, c, chunks);
+        }
+    }
+
+    void load_rotated_query(int row) {
+        float rotated[MAX_HEAD_SIZE];
+        load_ordered_row(step, address(step.query, row), chunks, 1.0f, true, rotated);
+        uint32_t* to = query_at(row);
+        for (int c = 0; c < chunks.all(); ++c, to += TILE_WORDS) {
+            const Vec a = load(rotated + c * CHUNK), b = load(rotated + c * CHUNK + LANES);
+            const Pairs most = to_pairs(a, b);
+            OrderedBFloat16 rounded[CHUNK];
+            *reinterpret_cast<VecBitsAny*>(rounded) = most;
+            *reinterpret_cast<Pairs*>(to) = most;
+            *reinterpret_cast<Pairs*>(to + chunks.all() * TILE_WORDS) =
+                to_pairs(a - load_ordered(rounded), b - load_ordered(rounded + LANES));
+        }
+    }
 
     void load_queries() {
         const int whole = static_cast<int>(whole_pair_blocks(rows));
         for (int r = 0; r < whole; ++r) {
-            uint32_t* to = scratch.query + r / TILE_SIDE * chunks.all() * TILE_WORDS +
-                           r % TILE_SIDE * TILE_SIDE;
-            for (int c = 0; c < chunks.all(); ++c) {
-                Pairs x{};
-                if (r < rows) {
-                    const char* row = address(step.query, r);
-                    x = load_any_pairs(reinterpret_cast<const BFloat16*>(row), c, chunks);
+            if (r >= rows) {
+                for (int i = 0; i < parts * chunks.all(); ++i) {
+                    *reinterpret_cast<Pairs*>(query_at(r) + i * TILE_WORDS) = Pairs{};
                 }
-                *reinterpret_cast<Pairs*>(to + c * TILE_WORDS) = x;
+            } else if (parts == 1) {
+                load_query(r);
+            } else {
+                load_rotated_query(r);
             }
             scratch.base[r] = -__builtin_inff();
         }
@@ -77,37 +121,11 @@ struct PrefillPairs : PrefillRows {
         std::memset(scratch.sum, 0, sizeof(float) * whole * LANES);
     }
 
-    // Missing keys and values become 0, so that nothing unwritten is ever multiplied.
-    void pack_keys(const KeyBlock<BFloat16, PAIR_TILE_KEYS>& keys, int whole) {
-        for (int first = 0; first < whole; first += TILE_SIDE) {
-            uint32_t* to = scratch.key + first / TILE_SIDE * chunks.all() * TILE_WORDS;
-            for (int c = 0; c < chunks.all(); ++c, to += TILE_WORDS) {
-                Vec x[TILE_SIDE];
-#pragma GCC unroll 16
-                for (int i = 0; i < TILE_SIDE; ++i) {
-                    x[i] = first + i < keys.count
-                               ? (Vec)load_any_pairs(keys.key[first + i], c, chunks)
-                               : Vec{};
-                }
-                transpose(x);
-#pragma GCC unroll 16
-                for (int i = 0; i < TILE_SIDE; ++i) {
-                    *reinterpret_cast<Vec*>(to + i * TILE_SIDE) = x[i];
-                }
-            }
-        }
-    }
-
-    void pack_values(const KeyBlock<BFloat16, PAIR_TILE_KEYS>& keys, int whole) {
-        for (int k = 0; k < whole; k += 2) {
-            uint32_t* to = scratch.value + k / 2 * TILE_SIDE;
-            for (int c = 0; c < chunks.all(); ++c, to += 2 * HALF_WORDS) {
-                const auto row = [&](int i) __attribute__((always_inline)) {
-                    return i < keys.count ? load_any_pairs(keys.value[i], c, chunks) : Pairs{};
-                };
-                const RowPairs x = pair_rows(row(k), row(k + 1));
-                *reinterpret_cast<Pairs*>(to) = x.even;
-                *reinterpret_cast<Pairs*>(to + HALF_WORDS) = x.odd;
+    void scale_scores(Columns all, const float* scale) {
+        for (int r = 0; r < BLOCK_SIDE; ++r) {
+            float* row = scratch.score + r * PAIR_TILE_KEYS;
+            for (int k = all.low; k < all.high; k += LANES) {
+                store(row + k, load(row + k) * load(scale + k));
             }
         }
     }
@@ -142,35 +160,44 @@ struct PrefillPairs : PrefillRows {
         return (Vec)((VecBits)now & (VecBits)(now > -__builtin_inff()));
     }
 
-    // Scores of 16 rows from `first` on become weights, over scores that were read before.
-    DUO_INLINE void weigh_rows(int first, Columns all, float* score) {
+    // Scores of 16 rows from `first` on become weights, over scores that were read before. `scale`:
+    // of each value, or null.
+    DUO_INLINE void weigh_rows(int first, Columns all, const float* scale, float* score) {
         const Vec base = raise_base(first, all, score);
         for (int r = 0; r < TILE_SIDE; ++r) {
             float* row = score + r * PAIR_TILE_KEYS;
             const WholeExponents exponents(factor, base[r]);
             Vec total = load(scratch.sum + (first + r) * LANES);
             for (int k = all.low; k < all.high; k += TILE_DEPTH) {
-                const Vec a = exponents.weigh(load(row + k));
-                const Vec b = exponents.weigh(load(row + k + LANES));
-                store(row + k / 2, (Vec)to_pairs(a, b));
+                Vec a = exponents.weigh(load(row + k));
+                Vec b = exponents.weigh(load(row + k + LANES));
                 total += a + b;
+                if (scale) {
+                    a *= load(scale + k);
+                    b *= load(scale + k + LANES);
+                }
+                store(row + k / 2, (Vec)to_pairs(a, b));
             }
             store(scratch.sum + (first + r) * LANES, total);
         }
     }
 
-    DUO_INLINE void add_block(int first, int64_t begin, int count, bool recent) {
+    // `scales`: of the tile's tokens, or null.
+    DUO_NOINLINE void add_block(int first, int64_t begin, int count, bool recent,
+                                const PairsScales* scales) {
         const int end = min(first + BLOCK_SIDE, rows);
         const Columns seen = columns(first, end - 1, begin, count, recent);
         if (seen.low >= seen.high) return;
         const Columns all = widened(seen, TILE_DEPTH);
         const int64_t head_tiles = int64_t{chunks.all()} * TILE_WORDS;
-        const LeftTiles query{scratch.query + first / TILE_SIDE * head_tiles, TILE_SIDE, TILE_WORDS,
-                              head_tiles};
+        const LeftTiles query{query_at(first), TILE_SIDE, TILE_WORDS, query_words(), parts};
         for (int k = all.low; k < all.high; k += BLOCK_SIDE) {
-            multiply.block<false>(query, scratch.key + k / TILE_SIDE * head_tiles, head_tiles,
-                                  chunks.all(), scratch.score + k, PAIR_TILE_KEYS);
+            const RightTiles key{scratch.key + k / TILE_SIDE * head_tiles, head_tiles,
+                                 chunks.all()};
+            multiply.block<false>(query, key, scratch.score + k, PAIR_TILE_KEYS);
         }
+        // Before any are hidden: minus infinity times 0 is NaN.
+        if (scales) scale_scores(all, scales->key);
         const auto of_row = [&](int r) __attribute__((always_inline)) {
             return columns(r, r, begin, count, recent);
         };
@@ -181,38 +208,129 @@ struct PrefillPairs : PrefillRows {
             }
         }
         for (int h = 0; h < BLOCK_SIDE; h += TILE_SIDE) {
-            weigh_rows(first + h, all, scratch.score + h * PAIR_TILE_KEYS);
+            weigh_rows(first + h, all, scales ? scales->value : nullptr,
+                       scratch.score + h * PAIR_TILE_KEYS);
         }
         const int skipped = all.low / TILE_DEPTH;
         const uint32_t* weight = reinterpret_cast<const uint32_t*>(scratch.score);
         const LeftTiles weights{weight + skipped * TILE_SIDE, PAIR_TILE_KEYS, TILE_SIDE,
-                                TILE_SIDE * PAIR_TILE_KEYS};
+                                TILE_SIDE * PAIR_TILE_KEYS, 1};
         for (int c = 0; c < chunks.all(); ++c) {
-            multiply.block<true>(weights, scratch.value + c * 2 * HALF_WORDS + skipped * TILE_WORDS,
-                                 HALF_WORDS, (all.high - all.low) / TILE_DEPTH,
+            const RightTiles value{scratch.value + c * 2 * HALF_WORDS + skipped * TILE_WORDS,
+                                   HALF_WORDS, (all.high - all.low) / TILE_DEPTH};
+            multiply.block<true>(weights, value,
                                  scratch.output + int64_t{first} * padded + c * CHUNK, padded);
+        }
+    }
+};
+
+template <typename T>
+struct PrefillPairsItem : PrefillPairs {
+    using Keys = KeyBlock<T, PAIR_TILE_KEYS>;
+
+    PrefillPairsItem(const LayerStep& s, const Item& item, float* base)
+        : PrefillPairs(s, item, IS_ROTATED<T> ? PairsScratch::MOST_PARTS : 1, UNIT<T>, base) {}
+
+    // Missing keys and values become 0, so that nothing unwritten is ever multiplied.
+    void pack_keys(const Keys& keys, int whole) {
+        for (int first = 0; first < whole; first += TILE_SIDE) {
+            uint32_t* to = scratch.key + first / TILE_SIDE * chunks.all() * TILE_WORDS;
+            for (int c = 0; c < chunks.all(); ++c, to += TILE_WORDS) {
+                Vec x[TILE_SIDE];
+#pragma GCC unroll 16
+                for (int i = 0; i < TILE_SIDE; ++i) {
+                    x[i] = first + i < keys.count
+                               ? (Vec)load_any_pairs(keys.key[first + i], c, chunks)
+                               : Vec{};
+                }
+                transpose(x);
+#pragma GCC unroll 16
+                for (int i = 0; i < TILE_SIDE; ++i) {
+                    *reinterpret_cast<Vec*>(to + i * TILE_SIDE) = x[i];
+                }
+            }
+        }
+    }
+
+    void pack_values(const Keys& keys, int whole) {
+        for (int k = 0; k < whole; k += 2) {
+            uint32_t* to = scratch.value + k / 2 * TILE_SIDE;
+            for (int c = 0; c < chunks.all(); ++c, to += 2 * HALF_WORDS) {
+                const auto row = [&](int i) __attribute__((always_inline)) {
+                    return i < keys.count ? load_any_pairs(keys.value[i], c, chunks) : Pairs{};
+                };
+                const RowPairs x = pair_rows(row(k), row(k + 1));
+                *reinterpret_cast<Pairs*>(to) = x.even;
+                *reinterpret_cast<Pairs*>(to + HALF_WORDS) = x.odd;
+            }
+        }
+    }
+
+    void add_tile(int64_t begin, int64_t end, bool recent) {
+        Keys keys;
+        keys.count = 0;
+        source.append(keys, begin, end);
+        const int whole = widened({0, keys.count}, TILE_DEPTH).high;
+        pack_keys(keys, whole);
+        pack_values(keys, whole);
+        const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
+        PairsScales scales;
+        if (scaled) {
+            load_scales(keys, keys.count, number_bytes(step.dtype, step.head_size), scales.key,
+                        scales.value);
+        }
+        for (int r = 0; r < rows; r += BLOCK_SIDE) {
+            add_block(r, begin, keys.count, recent, scaled ? &scales : nullptr);
+        }
+    }
+
+    // Sums are in the chunk order of bf16, and of what is rotated.
+    void store_output(int row, float own_factor) {
+        const float* from = scratch.output + int64_t{row} * padded;
+        char* to = address(step.output, row);
+        if constexpr (IS_ROTATED<T>) {
+            store_activations<T>(from, chunks, own_factor, step, to);
+        } else {
+            store_row(from, chunks, own_factor, reinterpret_cast<BFloat16*>(to));
         }
     }
 
     void run() {
         load_queries();
-        for_tiles(PAIR_TILE_KEYS, [&](int64_t begin, int64_t end, bool recent) {
-            KeyBlock<BFloat16, PAIR_TILE_KEYS> keys;
-            keys.count = 0;
-            source.append(keys, begin, end);
-            const int whole = widened({0, keys.count}, TILE_DEPTH).high;
-            pack_keys(keys, whole);
-            pack_values(keys, whole);
-            for (int r = 0; r < rows; r += BLOCK_SIDE) add_block(r, begin, keys.count, recent);
-        });
+        for_tiles(PAIR_TILE_KEYS,
+                  [&](int64_t begin, int64_t end, bool recent) { add_tile(begin, end, recent); });
         for (int r = 0; r < rows; ++r) {
-            const float total = sum(load(scratch.sum + r * LANES));
-            store_row(scratch.output + int64_t{r} * padded, chunks,
-                      1.0f / with_sink(r, scratch.base[r], total),
-                      reinterpret_cast<BFloat16*>(address(step.output, r)));
+            const float total = with_sink(r, scratch.base[r], sum(load(scratch.sum + r * LANES)));
+            store_output(r, step.value_scale * UNIT<T> / total);
         }
     }
 };
+
+// Whether the item is one for these products; if so, computes it.
+DUO_INLINE bool prefill_pairs(const LayerStep& step, const Item& item, float* scratch) {
+    // Scores are compared before they are scaled.
+    if (step.activations != Dtype::bf16 || !(step.scale * step.key_scale > 0)) return false;
+    switch (step.dtype) {
+        case Dtype::bf16:
+            PrefillPairsItem<BFloat16>(step, item, scratch).run();
+            return true;
+        case Dtype::e4m3:
+        case Dtype::scaled_e4m3:
+            PrefillPairsItem<Float8E4M3>(step, item, scratch).run();
+            return true;
+        case Dtype::e5m2:
+            PrefillPairsItem<Float8E5M2>(step, item, scratch).run();
+            return true;
+        case Dtype::scaled_i8:
+            PrefillPairsItem<Int8>(step, item, scratch).run();
+            return true;
+        case Dtype::scaled_i4:
+            PrefillPairsItem<Int4Pair>(step, item, scratch).run();
+            return true;
+        default:
+            return false;
+    }
+}
 
 }  // namespace
 }  // namespace duo

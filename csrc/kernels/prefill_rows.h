@@ -83,12 +83,16 @@ struct PrefillRows {
     }
 };
 
-// Hides the scores of a row in `all` that it does not see.
+// Hides the scores of a row in `all`, whole vectors, that it does not see.
 DUO_INLINE void hide_scores(float* score, Columns all, Columns own) {
-    for (int k = all.low; k < own.low; ++k) score[k] = -__builtin_inff();
-    for (int k = own.high > all.low ? own.high : all.low; k < all.high; ++k) {
-        score[k] = -__builtin_inff();
-    }
+    const auto hide = [&](int k) __attribute__((always_inline)) {
+        const VecInt column = lane_numbers(Lanes{}) + k;
+        const VecInt seen = (column >= own.low) & (column < own.high);
+        store(score + k, seen ? load(score + k) : broadcast(-__builtin_inff()));
+    };
+    for (int k = all.low; k < own.low; k += LANES) hide(k);
+    const int high = own.high / LANES * LANES;
+    for (int k = high > all.low ? high : all.low; k < all.high; k += LANES) hide(k);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// A variant with instructions for bf16: its own prefill over bf16 caches, with tile
-// registers its own decode too, all else of another one.
+// A variant with instructions for bf16: its own prefill of bf16 activations, with tile
+// registers its own decode over bf16 caches too, all else of another one.
 // The build compiles this file with DUO_VARIANT (its name), DUO_BASE (the other's), DUO_TILES
 // (whether it uses tile registers) and DUO_LANES.
 #if DUO_TILES
@@ -39,12 +39,7 @@ using DUO_BASE::decode_floats;
 #endif
 
 void prefill(const LayerStep& step, const Item& item, float* scratch) {
-    // Scores are compared before they are scaled.
-    if (step.dtype == Dtype::bf16 && step.scale > 0) {
-        PrefillPairs(step, item, scratch).run();
-    } else {
-        DUO_BASE::prefill(step, item, scratch);
-    }
+    if (!prefill_pairs(step, item, scratch)) DUO_BASE::prefill(step, item, scratch);
 }
 
 int64_t prefill_floats(int64_t rows, int head_size) {

@@ -70,6 +70,11 @@ struct MakeIndices<0, I...> {
 };
 using Lanes = MakeIndices<LANES>::type;
 
+template <int... I>
+DUO_INLINE VecInt lane_numbers(Indices<I...>) {
+    return VecInt{I...};
+}
+
 // Of each pair of runs of H lanes: `a`'s and `b`'s first runs (Second: second runs), side by side.
 template <int H, bool Second, int... I>
 DUO_INLINE Vec zip_runs(Vec a, Vec b, Indices<I...>) {
