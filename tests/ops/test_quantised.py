@@ -147,6 +147,24 @@ def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
     store.assert_guards()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_of_large_scores_are_not_rounded(form, dtype):
+    """Scores differ by hundreds: one rounding of a rotated query to bf16 would be several per cent."""
+    store = Store(
+        MASKS["mixed"],
+        64,
+        requests=1,
+        max_tokens=400,
+        dtype=dtype,
+        seed=53,
+        form=form,
+        scales=SCALES,
+    )
+    sequences = make_sequences([400], 4, 2, 64, dtype, seed=54)
+    serve(store, sequences, lambda left: min(left, 150), 8.0)
+    assert_rule_holds(as_kept(sequences, form), MASKS["mixed"], 20, 75, 8.0)
+
+
 @settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(sorted(FORMATS)), case=cases(longest_span=200))
 def test_random_shapes(name, case):
