@@ -117,6 +117,32 @@ def test_zeros_and_what_is_not_finite(form):
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 41])
+def test_a_value_that_is_not_a_number_shows(form, chunk):
+    """Wherever its token is seen, and in no other head."""
+    store = Store(
+        [True, True, False],
+        32,
+        requests=1,
+        max_tokens=60,
+        sink_size=4,
+        recent_size=9,
+        seed=66,
+        form=form,
+        scales=SCALES,
+    )
+    (s,) = make_sequences([60], 3, 2, 32, torch.float32, seed=67)
+    s.v[20, 1:, 5] = torch.nan
+    chunks = iter([19, *[chunk] * (41 // chunk)])
+    serve(store, [s], lambda left: next(chunks), 0.2)
+    wrong = torch.cat(s.outputs).isnan().any(-1)
+    assert wrong[20:, 2:4].all()
+    assert wrong[20:29, 4:].all()
+    assert not wrong[:, :2].any()
+    # A chunk's other queries may meet the token in one tile with a weight of 0.
+    assert chunk > 1 or not (wrong[:20].any() or wrong[29:, 4:].any())
+
+
 @pytest.mark.parametrize(
     ("dtype", "chunk"),
     [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from tests.ops.oracle import Sequence, Store, run_step
+from tests.ops.oracle import CACHE_LAYOUTS, Sequence, Store, run_step
 from tests.ops.test_attention import assert_rule_holds, make_sequences
 from vllm_duo.ops.batch import SnapshotCopy
 
@@ -84,6 +86,19 @@ def test_resumed_request_answers_as_if_it_had_run(boundary, chunks, one_call, ri
         run_step(
             pair.store, [pair.second], [chunk], SCALE, rows=[1], copies=copies, one_call=one_call
         )
+    pair.assert_rule_holds()
+
+
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_snapshots_of_a_cache_with_its_own_strides(layout):
+    pair = Pair(96, ring_block=13)
+    cache = layout(pair.store.caches.streaming)
+    pair.store.caches = dataclasses.replace(pair.store.caches, streaming=cache)
+    run_step(pair.store, [pair.first], [60], SCALE)
+    run_step(pair.store, [pair.first], [80], SCALE, copies=[pair.stored()])
+    pair.second.done = 96
+    run_step(pair.store, [pair.second], [40], SCALE, rows=[1], copies=[pair.restored()])
+    run_step(pair.store, [pair.first, pair.second], [200, 1], SCALE)
     pair.assert_rule_holds()
 
 
