@@ -69,8 +69,8 @@ DUO_INLINE Vec to_whole(Vec x) {
 }
 
 // Weights 2 ** (factor * score - base) that are rounded to bf16 next: to within 2 ** -13.7 by a
-// minimax polynomial, exactly 0 below 2 ** -126. `base` is a whole number, so that subtracting it
-// changes no fraction: factor and base cost one instruction together.
+// minimax polynomial, exactly 0 below 2 ** -126, NaN for NaN. `base` is a whole number, so that
+// subtracting it changes no fraction: factor and base cost one instruction together.
 struct WholeExponents {
     const Vec factor, shift, least;
 
@@ -90,7 +90,7 @@ struct WholeExponents {
         p = p * f + 9.99928073e-1f;
         // Unsigned, since far below the sum overflows before it is cleared.
         const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
-        return (Vec)(shifted > least ? scaled : VecBits{});
+        return (Vec)(shifted <= least ? VecBits{} : scaled);
     }
 };
 

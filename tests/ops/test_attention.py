@@ -142,6 +142,34 @@ def test_scores_of_any_size(scores, dtype):
     store.assert_guards()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 3, 41])
+@pytest.mark.parametrize("name", "kv")
+def test_what_is_not_a_number_shows(name, chunk, dtype):
+    """One element of a token: NaN for all who see it, and in no other head."""
+    mask = [True, True, False]
+    store = Store(
+        mask, 32, requests=1, max_tokens=60, sink_size=4, recent_size=9, dtype=dtype, seed=32
+    )
+    (s,) = make_sequences([60], 3, 2, 32, dtype, seed=33)
+    getattr(s, name)[20, 1:, 5] = torch.nan
+    serve(store, [s], lambda left: 19 if left == 60 else min(left, chunk), 0.2, decode_up_to=3)
+    assert_not_a_number_shows(name, s, exactly=name == "k" or chunk == 1)
+
+
+def assert_not_a_number_shows(name, sequence, *, exactly):
+    """Of token 20, in KV heads 1 and 2 of two query heads; the last one streams 9 recent tokens.
+
+    A value's may show in a chunk's other rows too, which meet it with a weight of 0.
+    """
+    wrong = torch.cat(sequence.outputs).isnan()
+    seen = torch.zeros(wrong.shape[:2], dtype=torch.bool)
+    seen[20:, 2:4] = seen[20:29, 4:] = True
+    assert wrong.any(-1)[seen].all()
+    assert not wrong[:, :2].any()
+    assert not exactly or not wrong[~seen].any()
+
+
 def test_weights_of_prefill_in_bf16_are_right_beyond_its_rounding():
     """Half of the keys weigh 1, the others 2 ** -e, with values of which some cancel them.
 

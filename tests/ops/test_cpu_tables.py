@@ -48,6 +48,16 @@ def test_wrong_batch_is_named(starts, lens):
         _cpu.Batch(starts, lens)
 
 
+def test_requests_beyond_the_batch_are_named():
+    store = Store([True], 32, requests=1, max_tokens=40, seed=42)
+    batch = Batch.from_host(np.array([0, 1]), np.array([1]), 1)
+    tensor = torch.zeros(1, 1, 32)
+    arguments = (cpu.ATTEND, tensor, tensor, tensor, store.heads, store.caches, batch)
+    for requests in ((0, 2), (-1, 1), (1, 0)):
+        with pytest.raises(ValueError, match=r"requests .* to .* of a batch of 1"):
+            cpu.run(*arguments, output=tensor.clone(), requests=requests)
+
+
 @pytest.mark.parametrize(("retrieval", "streaming"), [([0, 2], [3]), ([-1], [0])])
 def test_wrong_head_map_is_named(retrieval, streaming):
     with pytest.raises(ValueError, match=r"head map has head (3|-1) of (3|2) KV heads"):
