@@ -256,6 +256,24 @@ def test_sink_and_recent_across_block_edges(sink, recent):
     assert_rule_holds(sequences, MASKS["mixed"], sink, recent, 32**-0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_see_nothing_of_the_first_tiles(dtype):
+    """Without a sink, and in one block with rows that do see some of their keys."""
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=1,
+        max_tokens=700,
+        sink_size=0,
+        recent_size=5,
+        dtype=dtype,
+        seed=36,
+    )
+    sequences = make_sequences([700], 4, 1, 32, dtype, seed=37)
+    serve(store, sequences, lambda left: left, 32**-0.5)
+    assert_rule_holds(sequences, MASKS["mixed"], 0, 5, 32**-0.5)
+
+
 @pytest.mark.parametrize("wrong", [(19, 75), (21, 75), (20, 74), (20, 76)])
 def test_the_oracle_sees_one_token_of_difference(wrong):
     store = Store(
