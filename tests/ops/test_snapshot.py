@@ -37,7 +37,8 @@ class Pair:
         used = -(-min(boundary, sink + recent + draft_size) // ring_block)
         held = set(ring.flatten().tolist())
         free = [i for i in range(1, len(self.store.caches.streaming)) if i not in held]
-        self.blocks = torch.tensor(free[:used])
+        # Of a longer list: who looks beyond its end finds a block of nobody.
+        self.blocks = torch.tensor(free)[:used]
         (self.first,) = make_sequences([400], 3, 2, 32, torch.float32, seed=51)
         self.second = Sequence(self.first.q, self.first.k, self.first.v)
 
@@ -152,8 +153,9 @@ def test_a_boundary_before_the_rings_slack_is_refused():
         run_step(pair.store, [pair.first], [1], SCALE, copies=[copy])
 
 
-def test_nothing_but_the_snapshots_blocks_is_touched():
-    pair = Pair(192)
+@pytest.mark.parametrize("boundary", [16, 96, 192])
+def test_nothing_but_the_snapshots_blocks_is_touched(boundary):
+    pair = Pair(boundary)
     ids = {*pair.store.ring.block_table[0].tolist(), *pair.blocks.tolist()}
     run_step(pair.store, [pair.first], [250], SCALE, copies=[pair.stored()])
     others = torch.tensor([i not in ids for i in range(len(pair.store.caches.streaming))])
