@@ -169,27 +169,28 @@ def test_result_is_the_rule_over_what_is_kept(form, dtype, chunk):
     store.assert_guards()
 
 
-@pytest.mark.parametrize("scale", [1.25 * 2**-23, 300.0])
-def test_halves_of_any_size_round_as_torchs(scale):
-    """From subnormal ones to infinity: of one token, so that the output is its value, bit for bit."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.25 * 2**-23, 296.0])
+def test_outputs_of_any_size_round_as_torchs(scale, dtype):
+    """Ties, subnormal halves and infinite ones: of one token, so that the output is its value."""
     form = FORMATS["fp8"]
     rows = torch.arange(256, dtype=torch.uint8).repeat(2)
-    values = dequantise(rows, form, 1.0, scale)[1].nan_to_num().clamp(-65504, 65504).half()
-    (s,) = make_sequences([1], 1, 1, 256, torch.float16, seed=68)
+    values = dequantise(rows, form, 1.0, scale)[1].nan_to_num().clamp(-65504, 65504).to(dtype)
+    (s,) = make_sequences([1], 1, 1, 256, dtype, seed=68)
     s.v[:] = values
     store = Store(
         [True],
         256,
         requests=1,
         max_tokens=1,
-        dtype=torch.float16,
+        dtype=dtype,
         seed=69,
         form=form,
         scales=(1.0, scale),
     )
     serve(store, [s], lambda left: left, 0.0625)
     (kept,) = as_kept([s], form, (1.0, scale))
-    assert torch.equal(s.outputs[0], kept.v.half())
+    assert torch.equal(s.outputs[0], kept.v.to(dtype))
 
 
 @settings(max_examples=12, deadline=None)
