@@ -28,9 +28,8 @@ KeyRun locate(const LayerStep& step, const HeadClass& heads, int head, const Req
     int64_t count =
         std::min(std::min(end, request.context) - position, block_size - slot % block_size);
     if (heads.is_ring) {
-        // A run ends with the sink, and where the ring starts anew.
-        const int64_t limit = position < heads.sink ? heads.sink : heads.sink + heads.ring;
-        count = std::min(count, limit - slot);
+        // A run ends where the ring starts anew.
+        count = std::min(count, heads.sink + heads.ring - slot);
     }
     const char* key = slot_address(heads, size, row, head, slot);
     const int64_t stride = size * heads.cache.slot_stride;

@@ -27,8 +27,9 @@ struct KeyRun {
     int64_t count;
 };
 
-// The run that starts at `position` and ends at `end` or sooner. All positions of a run are of the
-// chunk or all of the context, in one block.
+// The run that starts at `position` and ends at `end` or sooner; both of one visible range, so that
+// no run leaves the sink. All positions of a run are of the chunk or all of the context, in one
+// block.
 KeyRun locate(const LayerStep& step, const HeadClass& heads, int head, const Request& request,
               int64_t row, int64_t position, int64_t end);
 

@@ -206,6 +206,12 @@ class DecodePairs {
         tiles.store<1>(to + TILE_SIDE * R, R * sizeof(float));
     }
 
+    // 0 for a row that has not seen any key yet: all its scores are -inf, and so are the
+    // differences.
+    DUO_INLINE Vec seen_max() const {
+        return (Vec)((VecBits)max_ & (VecBits)(max_ != -__builtin_inff()));
+    }
+
     // Scores become weights; where they pass a row's maximum, its sums follow. Lane i is of row i %
     // R.
     void weigh(float* score, LinesAhead& ahead) {
@@ -214,7 +220,7 @@ class DecodePairs {
         if (any_greater(most, max_)) {
             const Vec before = max_;
             max_ = max(max_, max_of_rest<R>(most));
-            const Vec decay = exp2_nonpositive((before - max_) * factor_);
+            const Vec decay = exp2_nonpositive((before - seen_max()) * factor_);
             sum_ *= decay;
             for (int r = 0; r < rows_; ++r) {
                 float* values = values_ + r * padded_;
@@ -222,8 +228,7 @@ class DecodePairs {
                     store(values + i, load(values + i) * decay[r]);
             }
         }
-        // A row that has not seen any key yet: all its scores are -inf, and so are the differences.
-        const Vec base = (Vec)((VecBits)(max_ * factor_) & (VecBits)(max_ > -__builtin_inff()));
+        const Vec base = seen_max() * factor_;
         for (int i = 0; i < TILE * R; i += LANES) {
             const Vec weight = exp2_nonpositive(load(score + i) * factor_ - base);
             store(score + i, weight);

@@ -107,7 +107,7 @@ class FlushSubnormals {
 };
 
 // Weights 2 ** (factor * score - base) that are rounded to bf16 next: to within 2 ** -13.7 by a
-// minimax polynomial, 0 below 2 ** -126. `base` is a whole number.
+// minimax polynomial, 0 below 2 ** -126, NaN for NaN. `base` is a whole number.
 struct WholeExponents {
 #if defined(__AVX512DQ__)
     const Vec factor, negative_base;
@@ -145,7 +145,7 @@ struct WholeExponents {
         p = p * f + 9.99928073e-1f;
         // Unsigned, since far below the sum overflows before it is cleared.
         const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
-        return (Vec)(shifted > least ? scaled : VecBits{});
+        return (Vec)(shifted <= least ? VecBits{} : scaled);
     }
 #endif
 };

@@ -143,9 +143,11 @@ struct PrefillPairs : PrefillRows {
         }
         const Vec before = load(scratch.base + first);
         const Vec now = max(before, to_whole(max_each(most) * factor));
+        // A row that has not seen any key yet: all its scores are -inf, and so are the differences.
+        const Vec base = (Vec)((VecBits)now & (VecBits)(now != -__builtin_inff()));
         if (any_greater(now, before)) {
             store(scratch.base + first, now);
-            const Vec decay = exp2_nonpositive(before - now);
+            const Vec decay = exp2_nonpositive(before - base);
             for (int r = 0; r < TILE_SIDE; ++r) {
                 if (decay[r] == 1.0f) continue;
                 const Vec own = broadcast(decay[r]);
@@ -155,8 +157,7 @@ struct PrefillPairs : PrefillRows {
                 for (int i = 0; i < padded; i += LANES) store(output + i, load(output + i) * own);
             }
         }
-        // A row that has not seen any key yet: all its scores are -inf.
-        return (Vec)((VecBits)now & (VecBits)(now > -__builtin_inff()));
+        return base;
     }
 
     // Scores of 16 rows from `first` on become weights, over scores that were read before. `scale`:

@@ -235,7 +235,7 @@ constexpr float LOG2E = 1.44269504088896340736f;
 // 1.5 * 2 ** 23: adding it rounds to a whole number, which stands in the sum's low bits.
 constexpr float ROUNDING_SHIFT = 12582912.0f;
 
-// 2 ** x for x <= 0, exactly 0 below -126 and for -inf; by Cephes' polynomial.
+// 2 ** x for x <= 0, exactly 0 from -126 down and for -inf, NaN for NaN; by Cephes' polynomial.
 DUO_INLINE Vec exp2_nonpositive(Vec x) {
     const Vec shift = broadcast(ROUNDING_SHIFT);
     const Vec shifted = x + shift;
@@ -250,7 +250,7 @@ DUO_INLINE Vec exp2_nonpositive(Vec x) {
     // The integer stands in the low bits of `shifted`; moved to the exponent it scales by 2 ** n.
     // Unsigned, since far below -126 the sum overflows before it is cleared.
     const VecBits scaled = (VecBits)p + ((VecBits)shifted << 23);
-    return (Vec)(scaled & (VecBits)(x > -126.0f));
+    return (Vec)(x <= -126.0f ? VecBits{} : scaled);
 }
 
 // 2 ** x: exactly 0 from -126 down, infinite from 126 up, NaN for NaN.

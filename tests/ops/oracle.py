@@ -178,6 +178,19 @@ MEMORY_LAYOUTS = (contiguous, fused, heads_first)
 QWEN3 = (contiguous, contiguous, fused, contiguous)
 
 
+def heads_within_tokens(cache):
+    """The same [N, H, P, row] with a token's heads side by side."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def slots_apart(cache):
+    """The same with a few elements between the slots."""
+    return torch.cat([cache, torch.full_like(cache[..., :16], torch.nan)], -1)[..., :-16]
+
+
+CACHE_LAYOUTS = (heads_within_tokens, slots_apart)
+
+
 def run_step(
     store,
     sequences,

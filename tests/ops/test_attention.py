@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.oracle import MEMORY_LAYOUTS, Sequence, Store, dense_attention, run_step
+from tests.ops.oracle import (
+    MEMORY_LAYOUTS,
+    Sequence,
+    Store,
+    dense_attention,
+    fused,
+    run_step,
+)
 from vllm_duo.ops import pieces
 
 MASKS = {
@@ -109,7 +116,10 @@ def test_other_dtypes_round_once(dtype, implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scores", ["steep", "rising", "falling", "far below 0", "far above 0"])
 def test_scores_of_any_size(scores, dtype):
-    """Tile after tile of keys moves what weights are relative to, or leaves it far away."""
+    """Tile after tile of keys moves what weights are relative to, or leaves it far away.
+
+    In chunks of prompts, drafts and single tokens.
+    """
     length, scale = 900, 0.125
     store = Store(MASKS["mixed"], 64, requests=1, max_tokens=length, dtype=dtype, seed=4)
     (sequence,) = make_sequences([length], 4, 2, 64, dtype, seed=5)
@@ -126,8 +136,88 @@ def test_scores_of_any_size(scores, dtype):
         # The first element alone adds +-3000 to every score: exact, so that nothing else is lost.
         sequence.q[..., 0] = 128
         sequence.k[..., 0] = 192 if scores == "far above 0" else -192
-    serve(store, [sequence], lambda left: min(left, 300), scale)
+    chunks = iter([300, 300, 292, 3, 3, 1, 1])
+    serve(store, [sequence], lambda left: next(chunks), scale, decode_up_to=3)
     assert_rule_holds([sequence], MASKS["mixed"], 20, 75, scale)
+    store.assert_guards()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 3, 41])
+@pytest.mark.parametrize("name", "kv")
+def test_what_is_not_a_number_shows(name, chunk, dtype):
+    """One element of a token: NaN for all who see it, and in no other head."""
+    mask = [True, True, False]
+    store = Store(
+        mask, 32, requests=1, max_tokens=60, sink_size=4, recent_size=9, dtype=dtype, seed=32
+    )
+    (s,) = make_sequences([60], 3, 2, 32, dtype, seed=33)
+    getattr(s, name)[20, 1:, 5] = torch.nan
+    serve(store, [s], lambda left: 19 if left == 60 else min(left, chunk), 0.2, decode_up_to=3)
+    assert_not_a_number_shows(name, s, exactly=name == "k" or chunk == 1)
+
+
+def assert_not_a_number_shows(name, sequence, *, exactly):
+    """Of token 20, in KV heads 1 and 2 of two query heads; the last one streams 9 recent tokens.
+
+    A value's may show in a chunk's other rows too, which meet it with a weight of 0.
+    """
+    wrong = torch.cat(sequence.outputs).isnan()
+    seen = torch.zeros(wrong.shape[:2], dtype=torch.bool)
+    seen[20:, 2:4] = seen[20:29, 4:] = True
+    assert wrong.any(-1)[seen].all()
+    assert not wrong[:, :2].any()
+    assert not exactly or not wrong[~seen].any()
+
+
+def test_weights_of_prefill_in_bf16_are_right_beyond_its_rounding():
+    """Half of the keys weigh 1, the others 2 ** -e, with values of which some cancel them.
+
+    What is left is near 0, where bf16 has small steps, and the others' exponents differ by up to 1/32
+    (nine steps of bf16), so that the weights' own rounding averages out.
+    """
+    keys, queries = 64, 64
+    length = 2 * keys + queries
+    (s,) = make_sequences([length], 1, 1, 64, torch.bfloat16, seed=28)
+    for tensor in (s.q, s.k, s.v):
+        tensor.zero_()
+    # e = the query's first element plus what the second one makes of the key's.
+    exponents = torch.arange(queries) / queries
+    s.q[2 * keys :, 0, 0] = exponents.bfloat16()
+    s.q[2 * keys :, 0, 1] = 1
+    s.k[keys : 2 * keys, 0, 0] = -1
+    s.k[keys : 2 * keys, 0, 1] = -torch.arange(keys).bfloat16() / (32 * keys)
+    # Nobody sees the queries' own keys.
+    s.q[..., 2], s.k[2 * keys :, 0, 2] = 200, -1
+    s.v[:keys] = 1
+    s.v[keys : 2 * keys] = -1 - torch.arange(64).bfloat16() / 64
+    scale = float(np.log(2))
+    store = Store([True], 64, requests=1, max_tokens=length, dtype=torch.bfloat16, seed=29)
+    serve(store, [s], lambda left: left, scale)
+    exact = dense_attention(s.q, s.k, s.v, [True], 20, 75, scale)[2 * keys :, 0]
+    error = torch.cat(s.outputs)[2 * keys :, 0].double() - exact
+    nearest = exact.abs().argmin(-1, keepdim=True)
+    assert exact.gather(-1, nearest).abs().max() < 2**-6
+    # Weights are within 2 ** -13.7, outputs to 2 ** -15; the rounding of 64 weights is 2 ** -12.
+    assert error.gather(-1, nearest).abs().max() < 2**-11.3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [16, 48, 80, 160])
+def test_heads_of_any_multiple_of_16(head_size, dtype):
+    """Vectors of 16 lanes leave half of a chunk's last elements empty."""
+    scale = head_size**-0.5
+    store = Store(MASKS["mixed"], head_size, requests=2, max_tokens=200, dtype=dtype, seed=30)
+    sequences = make_sequences([200, 61], 4, 3, head_size, dtype, seed=31)
+    serve(
+        store,
+        sequences,
+        lambda left: min(left, 60 if left > 10 else 3),
+        scale,
+        decode_up_to=3,
+        layouts=[fused] * 4,
+    )
+    assert_rule_holds(sequences, MASKS["mixed"], 20, 75, scale)
     store.assert_guards()
 
 
@@ -164,6 +254,24 @@ def test_sink_and_recent_across_block_edges(sink, recent):
     sequences = make_sequences([400, 37], 4, 2, 32, torch.float32, seed=5)
     serve(store, sequences, lambda left: min(left, 45), 32**-0.5)
     assert_rule_holds(sequences, MASKS["mixed"], sink, recent, 32**-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_see_nothing_of_the_first_tiles(dtype):
+    """Without a sink, and in one block with rows that do see some of their keys."""
+    store = Store(
+        MASKS["mixed"],
+        32,
+        requests=1,
+        max_tokens=700,
+        sink_size=0,
+        recent_size=5,
+        dtype=dtype,
+        seed=36,
+    )
+    sequences = make_sequences([700], 4, 1, 32, dtype, seed=37)
+    serve(store, sequences, lambda left: left, 32**-0.5)
+    assert_rule_holds(sequences, MASKS["mixed"], 0, 5, 32**-0.5)
 
 
 @pytest.mark.parametrize("wrong", [(19, 75), (21, 75), (20, 74), (20, 76)])

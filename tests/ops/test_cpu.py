@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from tests.ops.oracle import Store
+from tests.ops.test_attention import make_sequences, serve
+from vllm_duo.kv_cache.formats import FORMATS
 from vllm_duo.ops import cpu
 from vllm_duo.ops.batch import Batch, LayerCaches, PagedTable
 from vllm_duo.ops.layer import attend_and_write
@@ -52,8 +55,20 @@ def step(**changes):
     [
         ({"key": torch.zeros(11, 2, 32), "value": torch.zeros(11, 2, 32)}, "key has 11 tokens"),
         ({"value": torch.zeros(12, 2, 16)}, "key and value must be"),
+        ({"value": torch.zeros(11, 2, 32)}, "key and value must be"),
         ({"query": torch.zeros(12, 3, 32)}, "query has 3 heads, not a multiple of 2"),
+        (
+            {"key": torch.zeros(12, 2, 24), "value": torch.zeros(12, 2, 24)},
+            "a multiple of 16 up to 512 .* got 24",
+        ),
+        (
+            {"key": torch.zeros(12, 2, 528), "value": torch.zeros(12, 2, 528)},
+            "a multiple of 16 up to 512 .* got 528",
+        ),
+        ({"query": torch.zeros(11, 4, 32)}, r"query must be \[T, Hq, D\] for key \[12, 2, 32\]"),
         ({"output": torch.zeros(12, 4, 32).bfloat16()}, "output and query must have one shape"),
+        ({"output": torch.zeros(11, 4, 32)}, "output and query must have one shape"),
+        ({"output": torch.zeros(12, 2, 32)}, "output and query must have one shape"),
         ({"query": torch.zeros(12, 4, 64)[..., ::2]}, "query must be .* contiguous last dim"),
         ({"query": torch.zeros(12, 4, 32, 1, 1)}, "of up to 4 dimensions"),
         ({"output": torch.zeros(12, 4, 32, device="meta")}, "output must be .* got .* on meta"),
@@ -84,12 +99,24 @@ def test_narrow_table_is_named():
         step(caches=caches)
 
 
-def test_null_block_is_named_in_full_checks(monkeypatch):
-    monkeypatch.setattr(cpu, "FULL_CHECKS", True)
-    store = Store([True, False], 32, requests=1, max_tokens=40, seed=42)
-    paged = PagedTable(torch.zeros_like(store.paged.block_table), 16)
-    caches = LayerCaches(store.caches.retrieval, paged, store.caches.streaming, store.ring)
-    with pytest.raises(ValueError, match="has block 0 at row 0, column 0"):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda cache: cache.repeat(1, 2, 1, 1),
+        lambda cache: cache[:, :, :-1],
+        lambda cache: cache[..., :-16],
+        lambda cache: cache.repeat_interleave(2, -1)[..., ::2],
+        lambda cache: cache.bfloat16(),
+    ],
+    ids=["heads", "block size", "row", "stride", "dtype"],
+)
+@pytest.mark.parametrize("name", ["retrieval", "streaming"])
+def test_wrong_cache_is_named(name, wrong):
+    caches = Store([True, False], 32, requests=1, max_tokens=40, seed=45).caches
+    caches = dataclasses.replace(caches, **{name: wrong(getattr(caches, name))})
+    with pytest.raises(
+        ValueError, match=rf"{name} cache must be \[N, 1, (16|8), 64\] of the key's"
+    ):
         step(caches=caches)
 
 
@@ -117,6 +144,41 @@ def test_result_does_not_depend_on_threads(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
+
+
+def served_by(threads, form=None):
+    """Outputs and caches, as bytes, of steps that are large enough to be shared by three threads."""
+    before = torch.get_num_threads()
+    mask = [True, False] * 2
+    store = Store(mask, 64, requests=2, max_tokens=700, recent_size=300, seed=48, form=form)
+    sequences = make_sequences([700, 611], 4, 1, 64, torch.float32, seed=49)
+    chunks = iter([600, 600, 0, 1, 100, 10])
+    try:
+        torch.set_num_threads(threads)
+        serve(store, sequences, lambda left: next(chunks), 0.125, decode_up_to=8)
+    finally:
+        torch.set_num_threads(before)
+    outputs = [torch.cat(s.outputs) for s in sequences]
+    caches = [store.caches.retrieval, store.caches.streaming]
+    return [tensor.contiguous().view(torch.uint8) for tensor in (*outputs, *caches)]
+
+
+def assert_threads_share_all():
+    for form in (None, FORMATS["int8_per_token_head"]):
+        # Three threads first: what they leave out must not be there from the other run.
+        for several, one in zip(served_by(3, form), served_by(1, form), strict=True):
+            assert torch.equal(several, one)
+
+
+def test_threads_share_writes_and_prefills():
+    assert_threads_share_all()
+
+
+def test_a_runtime_may_grant_fewer_threads():
+    """What the missing ones were to do is done by the others."""
+    code = "from tests.ops.test_cpu import assert_threads_share_all as check; check()"
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_environment_forces_a_variant():

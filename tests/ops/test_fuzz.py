@@ -33,6 +33,36 @@ def test_long_requests_are_split_and_merged(dtype):
     store.assert_guards()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "tokens"), [(torch.float32, 80, 1), (torch.bfloat16, 64, 4)]
+)
+@pytest.mark.parametrize(
+    ("sink", "recent"), [(20, 493), (512, 40), (600, 500)], ids=["ring", "sink", "inside the sink"]
+)
+def test_items_end_where_keys_do(sink, recent, dtype, head_size, tokens):
+    """Decodes over the keys of one item (512), one fewer, and one and two more, in both classes.
+
+    Of 4 tokens the first ones see no key of the second item. The ids say what of the streaming heads
+    ends beside their first item.
+    """
+    store = Store(
+        [True, False],
+        head_size,
+        requests=1,
+        max_tokens=514,
+        sink_size=sink,
+        recent_size=recent,
+        dtype=dtype,
+        draft_size=3,
+        seed=37,
+    )
+    sequences = make_sequences([514], 2, 2, head_size, dtype, seed=38)
+    chunks = iter([510, *[tokens] * (4 // tokens)])
+    serve(store, sequences, lambda left: next(chunks), head_size**-0.5, decode_up_to=tokens)
+    assert_rule_holds(sequences, [True, False], sink, recent, head_size**-0.5)
+    store.assert_guards()
+
+
 @pytest.mark.parametrize("head_size", [32, 96, 128])
 def test_decodes_of_several_lengths_follow_each_other(head_size):
     """Items with other numbers of rows on one thread, which may set registers up for the last one's."""

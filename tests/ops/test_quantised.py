@@ -14,6 +14,7 @@ from tests.ops.oracle import SINKS, Store, make_sinks, run_step
 from tests.ops.random_steps import cases, serve_case, sinks_of
 from tests.ops.test_attention import (
     MASKS,
+    assert_not_a_number_shows,
     assert_rule_holds,
     make_sequences,
     serve,
@@ -117,6 +118,27 @@ def test_zeros_and_what_is_not_finite(form):
     )
 
 
+@pytest.mark.parametrize("chunk", [1, 41])
+@pytest.mark.parametrize("name", "kv")
+def test_what_is_not_a_number_shows(form, name, chunk):
+    """Also where it is not the token that is computed, but what a cache keeps of it."""
+    store = Store(
+        [True, True, False],
+        32,
+        requests=1,
+        max_tokens=60,
+        sink_size=4,
+        recent_size=9,
+        seed=66,
+        form=form,
+        scales=SCALES,
+    )
+    (s,) = make_sequences([60], 3, 2, 32, torch.float32, seed=67)
+    getattr(s, name)[20, 1:, 5] = torch.nan
+    serve(store, [s], lambda left: 19 if left == 60 else min(left, chunk), 0.2)
+    assert_not_a_number_shows(name, s, exactly=name == "k" or chunk == 1)
+
+
 @pytest.mark.parametrize(
     ("dtype", "chunk"),
     [
@@ -163,6 +185,30 @@ def test_queries_of_large_scores_are_not_rounded(form, dtype):
     sequences = make_sequences([400], 4, 2, 64, dtype, seed=54)
     serve(store, sequences, lambda left: min(left, 150), 8.0)
     assert_rule_holds(as_kept(sequences, form), MASKS["mixed"], 20, 75, 8.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.25 * 2**-23, 296.0])
+def test_outputs_of_any_size_round_as_torchs(scale, dtype):
+    """Ties, subnormal halves and infinite ones: of one token, so that the output is its value."""
+    form = FORMATS["fp8"]
+    rows = torch.arange(256, dtype=torch.uint8).repeat(2)
+    values = dequantise(rows, form, 1.0, scale)[1].nan_to_num().clamp(-65504, 65504).to(dtype)
+    (s,) = make_sequences([1], 1, 1, 256, dtype, seed=68)
+    s.v[:] = values
+    store = Store(
+        [True],
+        256,
+        requests=1,
+        max_tokens=1,
+        dtype=dtype,
+        seed=69,
+        form=form,
+        scales=(1.0, scale),
+    )
+    serve(store, [s], lambda left: left, 0.0625)
+    (kept,) = as_kept([s], form, (1.0, scale))
+    assert torch.equal(s.outputs[0], kept.v.to(dtype))
 
 
 @settings(max_examples=12, deadline=None)

@@ -121,6 +121,20 @@ def test_each_class_computes_what_it_would_alone(form, dtype):
     assert torch.equal(caches["mixed"].streaming.view(bits), caches["plain"].streaming.view(bits))
 
 
+def test_tile_registers_are_given_back():
+    """Decodes of both classes, then somebody else's multiplication in registers, twice."""
+    mask = MASKS["mixed"]
+    store = store_of(mask, FORMATS["int8_per_token_head"], dtype=torch.bfloat16, seed=80)
+    sequences = make_sequences([96, 90], 4, 4, 64, torch.bfloat16, seed=81)
+    ones = torch.ones(128, 128, dtype=torch.bfloat16)
+    run_step(store, sequences, [92, 86], 0.125)
+    for _ in range(4):
+        run_step(store, sequences, [1, 1], 0.125)
+        assert ((ones @ ones) == 128).all()
+    kept = as_kept(sequences, mask, FORMATS["int8_per_token_head"])
+    assert_rule_holds(kept, mask, 20, 75, 0.125)
+
+
 @settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(sorted(FORMATS)), case=cases(longest_span=200))
 def test_random_shapes(name, case):

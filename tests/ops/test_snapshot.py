@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from tests.ops.oracle import Sequence, Store, run_step
+from tests.ops.oracle import CACHE_LAYOUTS, Sequence, Store, run_step
 from tests.ops.test_attention import assert_rule_holds, make_sequences
 from vllm_duo.ops.batch import SnapshotCopy
 
@@ -35,7 +37,8 @@ class Pair:
         used = -(-min(boundary, sink + recent + draft_size) // ring_block)
         held = set(ring.flatten().tolist())
         free = [i for i in range(1, len(self.store.caches.streaming)) if i not in held]
-        self.blocks = torch.tensor(free[:used])
+        # Of a longer list: who looks beyond its end finds a block of nobody.
+        self.blocks = torch.tensor(free)[:used]
         (self.first,) = make_sequences([400], 3, 2, 32, torch.float32, seed=51)
         self.second = Sequence(self.first.q, self.first.k, self.first.v)
 
@@ -84,6 +87,19 @@ def test_resumed_request_answers_as_if_it_had_run(boundary, chunks, one_call, ri
         run_step(
             pair.store, [pair.second], [chunk], SCALE, rows=[1], copies=copies, one_call=one_call
         )
+    pair.assert_rule_holds()
+
+
+@pytest.mark.parametrize("layout", CACHE_LAYOUTS)
+def test_snapshots_of_a_cache_with_its_own_strides(layout):
+    pair = Pair(96, ring_block=13)
+    cache = layout(pair.store.caches.streaming)
+    pair.store.caches = dataclasses.replace(pair.store.caches, streaming=cache)
+    run_step(pair.store, [pair.first], [60], SCALE)
+    run_step(pair.store, [pair.first], [80], SCALE, copies=[pair.stored()])
+    pair.second.done = 96
+    run_step(pair.store, [pair.second], [40], SCALE, rows=[1], copies=[pair.restored()])
+    run_step(pair.store, [pair.first, pair.second], [200, 1], SCALE)
     pair.assert_rule_holds()
 
 
@@ -137,8 +153,9 @@ def test_a_boundary_before_the_rings_slack_is_refused():
         run_step(pair.store, [pair.first], [1], SCALE, copies=[copy])
 
 
-def test_nothing_but_the_snapshots_blocks_is_touched():
-    pair = Pair(192)
+@pytest.mark.parametrize("boundary", [16, 96, 192])
+def test_nothing_but_the_snapshots_blocks_is_touched(boundary):
+    pair = Pair(boundary)
     ids = {*pair.store.ring.block_table[0].tolist(), *pair.blocks.tolist()}
     run_step(pair.store, [pair.first], [250], SCALE, copies=[pair.stored()])
     others = torch.tensor([i not in ids for i in range(len(pair.store.caches.streaming))])
