@@ -89,7 +89,7 @@ DUO_INLINE Vec to_whole(Vec x) {
 }
 
 // While it lives, this thread's results below 2 ** -126 are 0. Products of bf16 pairs take them for
-// 0 anyway; without it each vector with such a weight takes a hundred times as long.
+// 0 anyway; without it each vector with such a weight takes forty times as long.
 class FlushSubnormals {
   public:
     FlushSubnormals(const FlushSubnormals&) = delete;
