@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 MAX_NEW_TOKENS = 64
 SETTINGS: dict[str, object] = {}
@@ -30,6 +32,15 @@ def write_pattern(folder: Path, retrieval) -> Path:
     np.savetxt(folder / "full_attention_heads.tsv", values, delimiter="\t")
     (folder / "config.json").write_text(json.dumps({}))
     return folder
+
+
+def ranks_of(count: int) -> dict[str, object]:
+    """Settings of an engine over this many tensor-parallel ranks, of which each needs a core."""
+    if count == 1:
+        return {}
+    if len(os.sched_getaffinity(0)) < count:
+        pytest.skip(f"tensor parallelism {count} needs as many cores, this process may use fewer")
+    return {"tensor_parallel_size": count, "distributed_executor_backend": "mp"}
 
 
 class Engine:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from vllm.lora.request import LoRARequest
 
-from tests.e2e.engine import answer_of, engine, write_pattern
+from tests.e2e.engine import answer_of, engine, ranks_of, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.e2e.test_quantised_cache import ERROR, MATTERS
@@ -161,9 +159,7 @@ def test_beside_a_quantised_cache(serve, ask, merged):
 @pytest.mark.feature("LoRA adapters", "tensor parallelism")
 def test_on_two_ranks(serve, ask, oracles):
     """The second time the rings of both ranks are restored."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
-    with serve(tensor_parallel_size=2, distributed_executor_backend="mp") as running:
+    with serve(**ranks_of(2)) as running:
         rounds = [ask(running, *PAIRS) for _ in range(2)]
     assert [sum(hits) > 0 for _, hits in rounds] == [False, True]
     for answers, _ in rounds:

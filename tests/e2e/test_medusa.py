@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from tests.e2e.drafts import Outcomes
-from tests.e2e.engine import engine, write_pattern
+from tests.e2e.engine import engine, ranks_of, write_pattern
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.models.medusa_heads import make_heads
@@ -38,8 +36,7 @@ def hidden_states(oracle, text):
 @pytest.mark.feature("speculative decoding, Medusa heads", "prefix caching", "preemption")
 def test_heads_change_no_token(ranks, checkpoint, tmp_path, monkeypatch):
     """In chunks, in a pool for two and a half of the longest requests; then from cached prefixes."""
-    if len(os.sched_getaffinity(0)) < ranks:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
+    settings = ranks_of(ranks)
     model, pattern = checkpoint(SHAPE), write_pattern(tmp_path / "mixed", MASK)
     oracle = Oracle(model, MASK, SINK, RECENT)
     with engine(model, pattern) as running:
@@ -54,8 +51,7 @@ def test_heads_change_no_token(ranks, checkpoint, tmp_path, monkeypatch):
         max_num_batched_tokens=100,
         max_model_len=600,
         num_gpu_blocks_override=100,
-        tensor_parallel_size=ranks,
-        distributed_executor_backend="uni" if ranks == 1 else "mp",
+        **settings,
         speculative_config={
             "method": "medusa",
             "model": str(heads),

@@ -5,12 +5,12 @@ Every answer is held against transformers' own model of the same weights, with t
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
 import torch
 
+from tests.e2e.engine import ranks_of
 from tests.e2e.half import errors, rms
 from tests.e2e.pictures import (
     BLOCK,
@@ -136,10 +136,7 @@ def test_further_engines(family, mask, settings, picture_engine, picture_oracle)
 @pytest.mark.parametrize("family", QUICK)
 def test_two_ranks_give_the_same_tokens(family, mask, picture_engine, picture_oracle):
     """The second time the rings of both ranks are restored, within pictures too."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with picture_engine(family, mask, enable_prefix_caching=True, **ranks) as running:
+    with picture_engine(family, mask, enable_prefix_caching=True, **ranks_of(2)) as running:
         asked = ask(running, family, prompts(), ANSWER)
         again = ask(running, family, prompts(), ANSWER)
     assert_oracles(picture_oracle(family, mask), asked + again, ANSWER)

@@ -5,13 +5,12 @@ As in ``test_quantised_cache.py`` a served key crosses the edge of a quantisatio
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import pytest
 from vllm.v1.kv_cache_interface import AttentionSpec, iter_layer_specs
 
-from tests.e2e.engine import Answer, engine, write_pattern
+from tests.e2e.engine import Answer, engine, ranks_of, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
@@ -150,10 +149,7 @@ def test_less_is_lost_than_with_all_heads_quantised(name, served, serve, checkpo
 @pytest.mark.feature("tensor parallelism")
 def test_two_ranks_keep_what_one_keeps(name, serve, checkpoint):
     """The second time the rings of both ranks are restored."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with serve(name, **ranks) as running:
+    with serve(name, **ranks_of(2)) as running:
         answers = running.generate(PROMPTS, ANSWER_TOKENS)
         again = running.generate(PROMPTS, ANSWER_TOKENS)
     for each in (answers, again):

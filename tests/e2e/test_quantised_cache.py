@@ -7,11 +7,9 @@ errors.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from tests.e2e.engine import engine, write_pattern
+from tests.e2e.engine import engine, ranks_of, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
@@ -94,27 +92,18 @@ def test_answers_are_those_of_what_is_kept(name, serve, checkpoint, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.feature("torch.compile")
-def test_compiled_model_keeps_the_same(name, serve, checkpoint):
-    """vLLM's default mode, in which attention is one opaque operator."""
-    with serve(name, num_gpu_blocks_override=200, enforce_eager=False) as running:
-        assert running.is_compiled()
-        answers = running.generate(PROMPTS, ANSWER_TOKENS)
-        again = running.generate(PROMPTS, ANSWER_TOKENS)
-    for each in (answers, again):
-        error = error_of(checkpoint(SHAPE), each, FORMATS[name])
-        assert error <= ERROR
-        assert error_of(checkpoint(SHAPE), each, None) > MATTERS * error, "what is kept must matter"
-
-
-@pytest.mark.slow
-@pytest.mark.feature("tensor parallelism")
-def test_two_ranks_keep_what_one_keeps(name, serve, checkpoint):
-    """The second time the rings of both ranks are restored."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with serve(name, num_gpu_blocks_override=200, **ranks) as running:
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("compiled", marks=pytest.mark.feature("torch.compile")),
+        pytest.param("two ranks", marks=pytest.mark.feature("tensor parallelism")),
+    ],
+)
+def test_the_same_is_kept(how, name, serve, checkpoint):
+    """By vLLM's default mode, and by each of two ranks; the second time from cached prefixes."""
+    settings = {"enforce_eager": False} if how == "compiled" else ranks_of(2)
+    with serve(name, num_gpu_blocks_override=200, **settings) as running:
+        assert running.is_compiled() == (how == "compiled")
         answers = running.generate(PROMPTS, ANSWER_TOKENS)
         again = running.generate(PROMPTS, ANSWER_TOKENS)
     for each in (answers, again):

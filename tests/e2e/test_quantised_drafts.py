@@ -7,12 +7,10 @@ one of its own. Whatever it keeps, an answer is of the model and its own cache. 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests.e2e.drafts import Outcomes
-from tests.e2e.engine import engine, write_pattern
+from tests.e2e.engine import engine, ranks_of, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
@@ -78,8 +76,7 @@ def test_answers_are_those_of_what_is_kept(
     name, streaming, method, own, ranks, checkpoint, tmp_path, monkeypatch
 ):
     """In chunks, in a pool for four prompts and half of their answers, and at a cached prefix."""
-    if len(os.sched_getaffinity(0)) < ranks:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
+    settings = ranks_of(ranks)
     model, pattern = checkpoint(SHAPE), write_pattern(tmp_path / "uneven", MASK)
     drafts = drafter(method, model, tmp_path)
     planned = plan_memory(
@@ -112,8 +109,7 @@ def test_answers_are_those_of_what_is_kept(
         max_model_len=400,
         max_num_batched_tokens=128,
         num_gpu_blocks_override=1 + len(PROMPTS) * planned.by_length[0].blocks,
-        tensor_parallel_size=ranks,
-        distributed_executor_backend="uni" if ranks == 1 else "mp",
+        **settings,
         speculative_config={
             "method": method,
             "model": str(drafts),

@@ -5,11 +5,9 @@ As in ``test_quantised_cache.py`` a served key crosses the edge of a quantisatio
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from tests.e2e.engine import engine, write_pattern
+from tests.e2e.engine import engine, ranks_of, write_pattern
 from tests.e2e.half import errors, rms
 from tests.e2e.stepper import Stepper
 from tests.e2e.test_exactness import mask_of, prompts_of
@@ -132,26 +130,18 @@ def test_layers_with_a_window(serve, error_of):
 
 
 @pytest.mark.slow
-@pytest.mark.feature("torch.compile")
-def test_compiled_model_keeps_the_same(serve, error_of):
-    """vLLM's default mode, in which layers of one graph have caches of two kinds."""
-    with serve(["1"], enforce_eager=False) as running:
-        assert running.is_compiled()
-        answers = running.generate(PROMPTS, ANSWER_TOKENS)
-        again = running.generate(PROMPTS, ANSWER_TOKENS)
-    for each in (answers, again):
-        error = error_of(each, {1})
-        assert error <= ERROR
-        assert error_of(each, set()) > MATTERS * error, "which layers must matter"
-
-
-@pytest.mark.slow
-@pytest.mark.feature("tensor parallelism")
-def test_two_ranks_keep_what_one_keeps(serve, error_of):
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with serve(["1"], **ranks) as running:
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("compiled", marks=pytest.mark.feature("torch.compile")),
+        pytest.param("two ranks", marks=pytest.mark.feature("tensor parallelism")),
+    ],
+)
+def test_the_same_is_kept(how, serve, error_of):
+    """By vLLM's default mode, and by each of two ranks; the second time from cached prefixes."""
+    settings = {"enforce_eager": False} if how == "compiled" else ranks_of(2)
+    with serve(["1"], **settings) as running:
+        assert running.is_compiled() == (how == "compiled")
         answers = running.generate(PROMPTS, ANSWER_TOKENS)
         again = running.generate(PROMPTS, ANSWER_TOKENS)
     for each in (answers, again):

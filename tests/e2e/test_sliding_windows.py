@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.engine import MAX_NEW_TOKENS, SETTINGS, answer_of, engine, write_pattern
+from tests.e2e.engine import MAX_NEW_TOKENS, SETTINGS, answer_of, engine, ranks_of, write_pattern
 from tests.e2e.half import errors, rms, rounded
 from tests.e2e.test_exactness import mask_of, prompts_of
 from tests.e2e.test_quantised_cache import ERROR, MATTERS
@@ -254,12 +253,9 @@ HYBRID = Case("gemma3", window=50, chunk=100, block_size=16)
 @pytest.mark.feature("sliding-window layers", "tensor parallelism")
 def test_two_ranks_give_the_same_tokens(family, checkpoint, tmp_path):
     """Rank 0 has one retrieval head of the layer that does not slide, rank 1 has one as well."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("tensor parallelism 2 needs two cores, this process may use one")
     case = replace(HYBRID, family=family)
     prompts = prompts_of(case.lengths())
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with serving(case, checkpoint, tmp_path, **ranks) as running:
+    with serving(case, checkpoint, tmp_path, **ranks_of(2)) as running:
         answers, _ = ask(running, prompts)
         again, hits = ask(running, prompts)
     assert_right(oracle_of(case, checkpoint), prompts * 2, answers + again)

@@ -176,14 +176,14 @@ def test_queries_of_large_scores_are_not_rounded(form, dtype):
         MASKS["mixed"],
         64,
         requests=1,
-        max_tokens=400,
+        max_tokens=200,
         dtype=dtype,
         seed=53,
         form=form,
         scales=SCALES,
     )
-    sequences = make_sequences([400], 4, 2, 64, dtype, seed=54)
-    serve(store, sequences, lambda left: min(left, 150), 8.0)
+    sequences = make_sequences([200], 4, 2, 64, dtype, seed=54)
+    serve(store, sequences, lambda left: min(left, 120), 8.0)
     assert_rule_holds(as_kept(sequences, form), MASKS["mixed"], 20, 75, 8.0)
 
 
