@@ -64,6 +64,11 @@ struct Chunk {
     Vec a, b;
 };
 
+typedef uint16_t ChunkHalves __attribute__((vector_size(CHUNK * 2)));
+typedef int16_t ChunkShorts __attribute__((vector_size(CHUNK * 2)));
+typedef int8_t ChunkBytesAny __attribute__((vector_size(CHUNK), aligned(1), may_alias));
+typedef int8_t SignedBytesAny __attribute__((vector_size(LANES), aligned(1), may_alias));
+
 // Head sizes are multiples of 16 elements, so that a last chunk is full or, with 16 lanes, half.
 constexpr bool HAS_HALF_CHUNKS = CHUNK > 16;
 
@@ -130,41 +135,54 @@ DUO_INLINE Vec load_ordered(const OrderedBFloat16* from) {
     return (Vec)(__builtin_convertvector(halves, VecBits) << 16);
 }
 
-// Bytes to wider lanes. GCC 12 widens vectors shorter than its registers element by element.
-DUO_INLINE VecHalf widen_to_halves(const void* from) {
-#if DUO_LANES == 16 && defined(__AVX2__)
-    return (VecHalf)_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+// Signed bytes to wider lanes. GCC 12 widens vectors shorter than its registers element by element.
+DUO_INLINE ChunkHalves widen_to_halves(const void* from) {
+#if DUO_LANES == 16 && defined(__AVX512BW__)
+    return (ChunkHalves)_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(from)));
 #elif DUO_LANES == 8 && defined(__AVX2__)
-    return (VecHalf)_mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+    return (ChunkHalves)_mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 #else
-    return __builtin_convertvector(*static_cast<const VecByteAny*>(from), VecHalf);
+    return (ChunkHalves) __builtin_convertvector(*static_cast<const ChunkBytesAny*>(from),
+                                                 ChunkShorts);
 #endif
 }
 
 DUO_INLINE VecInt widen_to_ints(const void* from) {
 #if DUO_LANES == 16 && defined(__AVX512F__)
-    return (VecInt)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+    return (VecInt)_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
 #elif DUO_LANES == 8 && defined(__AVX2__)
-    return (VecInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
+    return (VecInt)_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)));
 #else
-    return (VecInt) __builtin_convertvector(*static_cast<const VecByteAny*>(from), VecBits);
+    return __builtin_convertvector(*static_cast<const SignedBytesAny*>(from), VecInt);
 #endif
 }
 
-DUO_INLINE Vec load_ordered(const Float8E5M2* from) {
-    return half_to_float(widen_to_halves(from) << 8);
+DUO_INLINE Chunk halves_to_floats(ChunkHalves halves) {
+    VecHalf half[2];
+    std::memcpy(half, &halves, sizeof(half));
+    return {half_to_float(half[0]), half_to_float(half[1])};
 }
 
-DUO_INLINE Vec load_ordered(const Float8E4M3* from) {
-    // The sign stays where the shift puts it, the rest moves down by one bit.
-    const VecShort high = (VecShort)(widen_to_halves(from) << 8);
-    const VecHalf half = (VecHalf)(high >> 1) & 0xbf80;
-    const VecHalf nan = (VecHalf)((half & 0x3f80) == 0x3f80);
-    return half_to_float(half | (nan & 0x7e00));
+DUO_INLINE Chunk load_chunk(const Float8E5M2* from) {
+    return halves_to_floats(widen_to_halves(from) << 8);
+}
+
+DUO_INLINE Chunk load_chunk(const Float8E4M3* from) {
+    // Of the sign's copies the first stays, the next would be the exponent's first bit.
+    const ChunkHalves halves = (widen_to_halves(from) << 7) & 0xbf80;
+    const ChunkHalves magnitude = halves & 0x3f80;
+#if DUO_LANES == 16 && defined(__AVX512BW__)
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask((__m512i)magnitude, _mm512_set1_epi16(0x3f80));
+    return halves_to_floats(
+        (ChunkHalves)_mm512_mask_mov_epi16((__m512i)halves, nan, _mm512_set1_epi16(0x7e00)));
+#else
+    const ChunkHalves nan = (ChunkHalves)(magnitude == 0x3f80);
+    return halves_to_floats(halves | (nan & 0x7e00));
+#endif
 }
 
 DUO_INLINE Vec load_ordered(const Int8* from) {
-    return __builtin_convertvector(widen_to_ints(from) << 24 >> 24, Vec);
+    return __builtin_convertvector(widen_to_ints(from), Vec);
 }
 
 template <typename T>
@@ -175,7 +193,7 @@ DUO_INLINE Chunk load_chunk(const T* from) {
 DUO_INLINE Chunk load_chunk(const Int4Pair* from) {
     const VecInt pairs = widen_to_ints(from);
     return {__builtin_convertvector(pairs << 28 >> 28, Vec),
-            __builtin_convertvector(pairs << 24 >> 28, Vec)};
+            __builtin_convertvector(pairs >> 4, Vec)};
 }
 
 DUO_INLINE void store_chunk(float* to, Chunk c) {

@@ -27,7 +27,6 @@ typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(LANES * 2)));
-typedef int16_t VecShort __attribute__((vector_size(LANES * 2)));
 typedef uint8_t VecByte __attribute__((vector_size(LANES)));
 typedef float VecAny __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t VecBitsAny __attribute__((vector_size(LANES * 4), aligned(2), may_alias));
