@@ -192,8 +192,15 @@ DUO_INLINE Chunk load_chunk(const T* from) {
 
 DUO_INLINE Chunk load_chunk(const Int4Pair* from) {
     const VecInt pairs = widen_to_ints(from);
+#if DUO_LANES == 16 && defined(__AVX512F__)
+    // Looked up by the low four bits.
+    const Vec numbers{0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    return {_mm512_permutexvar_ps((__m512i)pairs, numbers),
+            _mm512_permutexvar_ps((__m512i)(pairs >> 4), numbers)};
+#else
     return {__builtin_convertvector(pairs << 28 >> 28, Vec),
             __builtin_convertvector(pairs >> 4, Vec)};
+#endif
 }
 
 DUO_INLINE void store_chunk(float* to, Chunk c) {
