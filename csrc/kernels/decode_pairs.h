@@ -17,13 +17,13 @@ constexpr int MAX_PAIRS_ROWS = TILE_SIDE;
 constexpr int MAX_PAIRS_CHUNKS = 4;
 
 // Asks for the lines ahead, evenly while a tile of keys is scored, weighed and applied: the
-// products of tile registers are done too soon to wait for memory in between. Into the first level,
-// where a register is loaded from in half the time.
+// products of tile registers are done too soon to wait for memory in between. Into the second
+// level, which has more lines on the way at a time.
 struct LinesAhead {
     const char* at;
 
     DUO_INLINE void lines(int count) {
-        for (int i = 0; i < count; ++i, at += 64) __builtin_prefetch(at, 0, 3);
+        for (int i = 0; i < count; ++i, at += 64) __builtin_prefetch(at, 0, 2);
     }
 
     // Half of a tile's lines: of each 32 elements of a key and a value, one.
