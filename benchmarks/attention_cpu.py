@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive_int
 from benchmarks.attention_layers import DuoLayer, Shape, StockLayer
 from benchmarks.provenance import lscpu, provenance
 from vllm_duo.kv_cache.formats import FORMATS
@@ -290,7 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--smoke", action="store_true", help="short contexts, one round")
-    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument(
+        "--threads", type=positive_int, nargs="+", default=[torch.get_num_threads()]
+    )
     parser.add_argument("--only", nargs="+", help="cases of these names alone")
     parser.add_argument("--dtype", nargs="+", help="float32, bfloat16 or both")
     arguments = parser.parse_args(argv)

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive_int, unit_share
 from benchmarks.simulated_config import SHAPES, Kind
 from benchmarks.simulated_engine import SimulatedEngine, make_engine
 from vllm_duo.kv_cache.capacity import Capacity
@@ -196,11 +197,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, help="default: both models, each as below")
-    parser.add_argument("--sparsity", type=float, help="default: 0.5 of Llama-3.1, 0.75 of Llama-2")
-    parser.add_argument("--block-size", type=int, nargs="+", default=list(DEFAULT_BLOCK_SIZES))
+    parser.add_argument(
+        "--sparsity", type=unit_share, help="default: 0.5 of Llama-3.1, 0.75 of Llama-2"
+    )
+    parser.add_argument(
+        "--block-size", type=positive_int, nargs="+", default=list(DEFAULT_BLOCK_SIZES)
+    )
     for name in ("tokens", "max_tokens", "stock_requests", "chunk_tokens", "seed"):
         flag, default = "--" + name.replace("_", "-"), getattr(Settings, name)
-        parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
+        kind = int if name in ("seed", "warmup") else positive_int
+        parser.add_argument(flag, type=kind, default=default, help=f"default: {default}")
     parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()

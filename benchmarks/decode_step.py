@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive_int, unit_share
 from benchmarks.provenance import lscpu, provenance
 
 LAYERS, HEADS, HEAD_SIZE, HIDDEN, VOCABULARY = 4, 16, 64, 512, 4096
@@ -240,13 +241,13 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 def main() -> int:
     """Measure, print, and write JSON if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--context", type=int, default=32_768)
-    parser.add_argument("--kv-heads", type=int, nargs="+", default=[16, 4])
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--context", type=positive_int, default=32_768)
+    parser.add_argument("--kv-heads", type=positive_int, nargs="+", default=[16, 4])
+    parser.add_argument("--sparsity", type=unit_share, nargs="+", default=[0.5])
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=positive_int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=positive_int, default=7)
+    parser.add_argument("--steps", type=positive_int, default=8)
     parser.add_argument("--compiled", action="store_true", help="without --enforce-eager")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args()

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.arguments import positive_int
 from benchmarks.provenance import provenance
 from vllm_duo.heads import HeadPattern
 from vllm_duo.identify.haystack import MadeText
@@ -71,11 +72,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--models", type=Path, nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--max-length", type=int, default=512, help="of the samples learned from")
-    parser.add_argument("--steps", type=int, default=200, help="of gates")
-    parser.add_argument("--samples", type=int, default=20, help="held-back samples a seed")
-    parser.add_argument("--length", type=int, default=1024, help="of the held-back samples")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--max-length", type=positive_int, default=512, help="of the samples learned from"
+    )
+    parser.add_argument("--steps", type=positive_int, default=200, help="of gates")
+    parser.add_argument("--samples", type=positive_int, default=20, help="held-back samples a seed")
+    parser.add_argument(
+        "--length", type=positive_int, default=1024, help="of the held-back samples"
+    )
+    parser.add_argument("--threads", type=positive_int, default=1)
     parser.add_argument("--append", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive_int
 from benchmarks.prefix_api import ColdAnswers, Served, run_scenario, serve
 from benchmarks.prefix_scenarios import Scenario, at_once, chats, users
 from benchmarks.provenance import provenance
@@ -176,9 +177,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="small, the full pool only")
-    parser.add_argument("--block-size", type=int, default=Settings.block_size)
+    parser.add_argument("--block-size", type=positive_int, default=Settings.block_size)
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--cold-every", type=int, default=Settings.cold_every)
+    parser.add_argument("--cold-every", type=positive_int, default=Settings.cold_every)
     parser.add_argument("--kind", choices=("stock", "duo"), help="one server kind only")
     parser.add_argument("--pool", choices=POOLS, help="one pool size only")
     parser.add_argument("--out", type=Path, help="JSON file to write; parts of equal settings stay")

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive_int
 from benchmarks.prefix_policies import POLICIES, kept_of_answer, policy
 from benchmarks.prefix_scenarios import Scenario, at_once, chats, users
 from benchmarks.provenance import provenance
@@ -243,7 +244,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...; default: 3")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="seeds 0, 1, ...; default: 3")
     instead = parser.add_mutually_exclusive_group()
     for flag, compare, what in (
         ("--policies", compare_policies, "policies"),

@@ -27,6 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.arguments import positive_int, unit_share
 from benchmarks.provenance import provenance
 from benchmarks.simulated_config import SHAPES, Kind
 from benchmarks.simulated_engine import SimulatedEngine, make_engine
@@ -257,12 +258,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default=Settings.shape)
-    parser.add_argument("--sparsity", type=float, default=Settings.sparsity)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1_000, 1_000_000])
+    parser.add_argument("--sparsity", type=unit_share, default=Settings.sparsity)
+    parser.add_argument("--tokens", type=positive_int, nargs="+", default=[1_000, 1_000_000])
     parser.add_argument("--prefix-caching", choices=["on", "off", "both"], default="both")
     for name in ("block_size", "requests", "steps", "warmup", "seed"):
         flag, default = "--" + name.replace("_", "-"), getattr(Settings, name)
-        parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
+        kind = int if name in ("seed", "warmup") else positive_int
+        parser.add_argument(flag, type=kind, default=default, help=f"default: {default}")
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.arguments import positive_int, unit_share
 from benchmarks.gpu import baselines, cases, gate, results, timing
 from benchmarks.gpu.cases import (
     CHUNKS,
@@ -164,10 +165,16 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--smoke", action="store_true", help="two contexts, few rounds")
     found.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     found.add_argument("--kinds", nargs="+", choices=["decode", "prefill"], default=None)
-    found.add_argument("--contexts", nargs="+", type=_count, help=f"tokens, default {CONTEXTS}")
-    found.add_argument("--requests", nargs="+", type=_count, help=f"of decodes, default {REQUESTS}")
-    found.add_argument("--chunks", nargs="+", type=_count, help=f"of prefills, default {CHUNKS}")
-    found.add_argument("--sparsities", nargs="+", type=_share, help=f"default {SPARSITIES}")
+    found.add_argument(
+        "--contexts", nargs="+", type=positive_int, help=f"tokens, default {CONTEXTS}"
+    )
+    found.add_argument(
+        "--requests", nargs="+", type=positive_int, help=f"of decodes, default {REQUESTS}"
+    )
+    found.add_argument(
+        "--chunks", nargs="+", type=positive_int, help=f"of prefills, default {CHUNKS}"
+    )
+    found.add_argument("--sparsities", nargs="+", type=unit_share, help=f"default {SPARSITIES}")
     found.add_argument(
         "--max-seconds",
         type=float,
@@ -276,17 +283,3 @@ def run(
         title = f"{result.get('device')}; full attention: {', '.join(result['baselines'])}"
         results.plot(rows, arguments.plot, title)
     return rows
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
-    return value
