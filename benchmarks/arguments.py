@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 def positive_int(text: str) -> int:
@@ -11,13 +15,7 @@ def positive_int(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is not one.
     """
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
-    return value
+    return _within(int, text, 1, math.inf, "a whole number from 1")
 
 
 def unit_share(text: str) -> float:
@@ -26,10 +24,14 @@ def unit_share(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: it is not one.
     """
+    return _within(float, text, 0, 1, "a share from 0 to 1")
+
+
+def _within(kind: type[Number], text: str, least: float, most: float, expected: str) -> Number:
     try:
-        value = float(text)
+        value = kind(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text}")
+        value = None
+    if value is None or not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
     return value

@@ -205,7 +205,7 @@ def main() -> int:
     )
     for name in ("tokens", "max_tokens", "stock_requests", "chunk_tokens", "seed"):
         flag, default = "--" + name.replace("_", "-"), getattr(Settings, name)
-        kind = int if name in ("seed", "warmup") else positive_int
+        kind = int if name == "seed" else positive_int
         parser.add_argument(flag, type=kind, default=default, help=f"default: {default}")
     parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON file to write")
