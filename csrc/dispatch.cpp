@@ -25,6 +25,7 @@ struct Cpu {
     bool avx512 = false;
     bool avx512_bf16 = false;
     bool amx_bf16 = false;
+    bool amd = false;
 };
 
 // Registers that the operating system saves, as bits of XCR0.
@@ -45,6 +46,9 @@ bool may_use_tiles() {
 Cpu detect() {
     Cpu cpu;
     uint32_t a, b, c, d;
+    if (__get_cpuid(0, &a, &b, &c, &d)) {
+        cpu.amd = b == signature_AMD_ebx && d == signature_AMD_edx && c == signature_AMD_ecx;
+    }
     if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
     const bool fma = c & bit_FMA, f16c = c & bit_F16C, osxsave = c & bit_OSXSAVE;
     if (!osxsave || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
@@ -76,8 +80,10 @@ const std::vector<Variant>& variants() {
             {&kernels_amx_bf16_on_avx2, cpu.avx2, false},
             {&kernels_avx2, cpu.avx2, true},
             {&kernels_avx512, cpu.avx512, true},
-            // Slower than avx512 where it was measured (Intel Xeon, fifth generation): by name.
-            {&kernels_avx512_bf16, cpu.avx512_bf16, false},
+            // AMD's bf16 products take no longer than float32's and are twice as many (measured on
+            // the fifth generation of EPYC). Intel's (Xeon, fifth generation) are no faster: there
+            // by name.
+            {&kernels_avx512_bf16, cpu.avx512_bf16, cpu.amd},
             {&kernels_amx_bf16, cpu.amx_bf16, true},
         };
     }();

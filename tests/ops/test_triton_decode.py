@@ -19,6 +19,7 @@ from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import LayerCaches
 
 MIXED = [True, False]
+SMALL_TILES = gpu.Tiling(tokens=16, buffers=2, warps=4)
 
 
 def decode(step):
@@ -38,7 +39,7 @@ def test_triton_decode_is_the_rule(mask, group):
 def test_triton_decode_with_learned_sinks(kind, programs, monkeypatch):
     """Of heads that one program serves and of heads whose splits are merged; drafts and padding too."""
     monkeypatch.setattr(gpu, "num_programs", lambda _: programs)
-    monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
+    monkeypatch.setattr(gpu, "tiling", lambda *_: SMALL_TILES)
     decode(make_step(MIXED, [200, 20, 0], [1, 3, 0], group=3, draft_size=7, seed=7, sinks=kind))
 
 
@@ -86,14 +87,14 @@ def test_triton_decode_leaves_the_other_requests_alone():
 @pytest.mark.parametrize("programs", [1, 2, 5])
 def test_triton_decode_does_not_depend_on_the_split(programs, monkeypatch):
     monkeypatch.setattr(gpu, "num_programs", lambda _: programs)
-    monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
+    monkeypatch.setattr(gpu, "tiling", lambda *_: SMALL_TILES)
     decode(make_step([True, False, True], [330, 41], [1, 2], recent_size=100, seed=3))
 
 
 def test_triton_decode_splits_are_balanced(monkeypatch):
     """No program gets more tiles than its share; a streaming head of few tiles is not split."""
     monkeypatch.setattr(gpu, "num_programs", lambda _: 8)
-    monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
+    monkeypatch.setattr(gpu, "tiling", lambda *_: SMALL_TILES)
     # 25 tiles of the retrieval head, 6 of the streaming head: a share is 4 tiles.
     kernel, seen = decode_kernel._attend.fn, []
 
@@ -111,7 +112,7 @@ def test_triton_decode_splits_are_balanced(monkeypatch):
 def test_triton_decode_keeps_to_its_workspace(monkeypatch):
     """Partial results of one long request behind many short ones, which need none."""
     monkeypatch.setattr(gpu, "num_programs", lambda _: 2)
-    monkeypatch.setattr(gpu, "tile_tokens", lambda *_: 16)
+    monkeypatch.setattr(gpu, "tiling", lambda *_: SMALL_TILES)
     guarded = torch.full((2, 1000, 64), torch.nan)
 
     def workspace(device, rows, head_size):
@@ -154,3 +155,20 @@ def test_triton_decode_refuses_transposed_caches():
     step.caches = LayerCaches(wide, step.store.paged)
     with pytest.raises(ValueError, match="caches and block tables must be contiguous"):
         step.run(decode_kernel.decode)
+
+
+@pytest.mark.parametrize("shared", [100 << 10, 164 << 10, 228 << 10])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("head_size", [16, 64, 96, 128, 256])
+def test_triton_tiles_of_two_programs_fit(head_size, element_bytes, shared, monkeypatch):
+    """With one more buffer, as Hopper's products need it, and the 64 rows of queries of a prefill."""
+    monkeypatch.setattr(gpu, "shared_bytes", lambda _: shared)
+    tiling = gpu.tiling(head_size, element_bytes, torch.device("cpu"))
+    row = gpu.block(head_size, 16) * element_bytes
+    tile = 2 * tiling.tokens * row
+    assert tiling.tokens in (16, 32, 64)
+    assert 1 <= tiling.buffers <= 4
+    assert tiling.buffers >= 2 or tile == 16 * 2048
+    if row <= 256:
+        extra = tile if shared == 228 << 10 else 0
+        assert 2 * (tiling.buffers * tile + extra + 64 * row + 1024) <= shared

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -54,8 +55,20 @@ def compile_launch(kernel, args, kwargs, target):
         "kernel": kernel.fn.__name__,
         "arch": target.arch,
         "shared_bytes": compiled.metadata.shared,
+        "copies_in_flight": copies_in_flight(compiled.asm["ttgir"]),
         **resources(compiled.asm["cubin"]),
     }
+
+
+def copies_in_flight(ttgir):
+    """Of each loop that waits for asynchronous copies: how many it leaves on their way at its first."""
+    found = []
+    for body in ttgir.split(" scf.for ")[1:]:
+        body = body.split(" scf.yield ")[0]
+        wait = re.search(r"ttg\.async_wait .*?num = (\d+)", body)
+        if wait:
+            found.append(int(wait[1]))
+    return found
 
 
 def resources(cubin):
@@ -70,6 +83,9 @@ def resources(cubin):
         for name, key in (("registers", "REG"), ("stack_bytes", "STACK"))
     }
 
+
+MULTIPROCESSOR_BYTES = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+"""Shared memory of a multiprocessor (CUDA programming guide, compute capabilities)."""
 
 MASKS = {
     "both": [True, False, True, False],
@@ -118,6 +134,7 @@ def main():
     for arch, dtype, head_size, group, query_len, mask, *sinks in json.loads(sys.argv[1]):
         launches = []
         capture(launches)
+        gpu.shared_bytes = lambda device, arch=arch: MULTIPROCESSOR_BYTES[arch]
         launch_all(getattr(torch, dtype), head_size, group, query_len, mask, *sinks)
         for kernel, args, kwargs in launches:
             result = compile_launch(kernel, args, kwargs, GPUTarget("cuda", arch, 32))

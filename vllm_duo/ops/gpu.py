@@ -31,6 +31,9 @@ INTERPRETED_PROGRAMS = 6
 
 PROGRAMS_PER_PROCESSOR = 2
 
+LARGE_SHARED_BYTES = 160 << 10
+"""Shared memory of a multiprocessor from which on tiles are of full size."""
+
 MAX_DECODE_QUERY = 8
 """Longest query of the decode kernel, in tokens: one and up to seven drafts."""
 
@@ -183,14 +186,49 @@ def reserve(device: torch.device, longest: int, group: int, head_size: int) -> N
     workspace(device, 2 * num_programs(device) * decode_rows(longest, group), head_size)
 
 
-def tile_tokens(head_size: int, element_bytes: int) -> int:
-    """Keys of a tile: its keys and values fill 32 KiB of shared memory at most."""
-    return min(64, max(16, 16384 // (block(head_size, 16) * element_bytes)))
+@dataclass(frozen=True)
+class Tiling:
+    """How an attention program takes keys and values.
+
+    Attributes:
+        tokens: of a tile.
+        buffers: tiles that a loop holds in shared memory, the one being computed among them: at least
+            two where they fit, so that the next one is on its way meanwhile.
+        warps: of a program.
+    """
+
+    tokens: int
+    buffers: int
+    warps: int
 
 
-def num_warps(head_size: int, element_bytes: int) -> int:
-    """Warps of an attention program: four spill registers once rows are 512 bytes long."""
-    return 8 if block(head_size, 16) * element_bytes >= 512 else 4
+def tiling(head_size: int, element_bytes: int, device: torch.device) -> Tiling:
+    """Tiles for rows of this size; a tile of up to 64 keys and its values fill 32 KiB at most.
+
+    Two programs are to fit on a multiprocessor: with up to 64 KiB of tiles each, and half as much again
+    where Hopper's products read shared memory while they run. Where a multiprocessor has 100 KiB of
+    shared memory (compute capabilities 8.6, 8.9 and 12.0), tiles and buffers are half as large. Four
+    warps spill registers once rows are 512 bytes long.
+
+    Args:
+        head_size: D.
+        element_bytes: of the caches' dtype.
+        device: that runs the program.
+    """
+    row_bytes = block(head_size, 16) * element_bytes
+    tile_bytes = 32768 if shared_bytes(device) >= LARGE_SHARED_BYTES else 16384
+    tokens = min(64, max(16, tile_bytes // (2 * row_bytes)))
+    buffers = min(4, 2 * tile_bytes // (2 * tokens * row_bytes))
+    return Tiling(tokens, max(buffers, 1), 8 if row_bytes >= 512 else 4)
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory of a multiprocessor; without a GPU that of an H100."""
+    if device.type != "cuda":
+        return 228 << 10
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return found
 
 
 _workspaces: dict[torch.device, list[torch.Tensor]] = {}

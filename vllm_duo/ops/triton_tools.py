@@ -113,15 +113,20 @@ def fold_slots(
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """Merge the slots of tiles ``first_tile`` to ``last_tile - 1`` of a request's context.
 
     ``cache_ptr`` points at the head, ``row_ptr`` at the request's table row, ``first_query`` is the
     tile's lowest query position. A slot that no query of the tile sees is not even read: it may hold
     anything.
+
+    ``BUFFERS`` is ``gpu.Tiling.buffers``. Triton issues the loads of a later tile at the end of a
+    turn of its loop, and shares the stages among loads that wait for one another, here the table's
+    and the rows': so many stages it takes for the rows to be a tile ahead.
     """
     n = tl.arange(0, BLOCK_N)
-    for tile in range(first_tile, last_tile):
+    for tile in tl.range(first_tile, last_tile, num_stages=1 + 2 * BUFFERS):
         slot = tile * BLOCK_N + n
         held = slot < num_slots
         seen = held[None, :]
@@ -160,13 +165,15 @@ def fold_tokens(
     HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """Merge the chunk's own tokens at positions ``low`` to ``high - 1``.
 
-    ``key_ptr`` and ``value_ptr`` point at the head in the chunk's first token.
+    ``key_ptr`` and ``value_ptr`` point at the head in the chunk's first token. ``BUFFERS`` as in
+    ``fold_slots``; no load waits for another here.
     """
     n = tl.arange(0, BLOCK_N)
-    for start in range(low, high, BLOCK_N):
+    for start in tl.range(low, high, BLOCK_N, num_stages=1 + BUFFERS):
         position = start + n
         held = position < high
         seen = held[None, :] & (position[None, :] <= query_position[:, None])

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
-from vllm_duo.ops.triton_tools import add_sinks, fold_slots, fold_tokens
+from vllm_duo.ops.triton_tools import add_sinks, fold, fold_slots, load_rows
 
 
 @triton.jit
@@ -111,6 +111,7 @@ def _attend(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """One split of one head: to the output if it is the only one, else to the workspace."""
     request, row, split, count, partial = _locate(item, splits, COUNT, BLOCK_B)
@@ -161,31 +162,23 @@ def _attend(
         HEAD,
         BLOCK_N,
         BLOCK_D,
+        BUFFERS,
     )
     # The step's own tokens belong to the last split.
-    low = tl.where(split == count - 1, context, context + length)
-    chunk = begin.to(tl.int64)
-    top, total, acc = fold_tokens(
-        q,
-        top,
-        total,
-        acc,
-        low,
-        context + length,
-        context,
-        query_position,
-        key_ptr + chunk * stride_key_token + head * stride_key_head,
-        stride_key_token,
-        value_ptr + chunk * stride_value_token + head * stride_value_head,
-        stride_value_token,
-        sink,
-        recent,
-        scale,
-        STREAMING,
-        HEAD,
-        BLOCK_C,
-        BLOCK_D,
-    )
+    if split == count - 1:
+        n = tl.arange(0, BLOCK_C)
+        held = n < length
+        token = (begin + n).to(tl.int64)
+        k_at = key_ptr + token * stride_key_token + head * stride_key_head
+        v_at = value_ptr + token * stride_value_token + head * stride_value_head
+        k = load_rows(k_at, held, HEAD, BLOCK_D)
+        v = load_rows(v_at, held, HEAD, BLOCK_D)
+        position = context + n
+        seen = held[None, :] & (position[None, :] <= query_position[:, None])
+        if STREAMING:
+            reach = position[None, :] > query_position[:, None] - recent
+            seen = seen & ((position < sink)[None, :] | reach)
+        top, total, acc = fold(q, k, v, seen, top, total, acc, scale)
     if SINKS:
         if count == 1:
             total = add_sinks(total, top, sinks_ptr, query_head, used)
@@ -251,6 +244,7 @@ def _decode(
     BLOCK_D: tl.constexpr,
     MIN_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """Retrieval splits first: the longest work starts first."""
     item = tl.program_id(0)
@@ -313,6 +307,7 @@ def _decode(
                 BLOCK_C,
                 BLOCK_D,
                 BLOCK_B,
+                BUFFERS,
             )
     if S_COUNT > 0:
         if (item >= r_items) & (item < r_items + s_items):
@@ -359,6 +354,7 @@ def _decode(
                 BLOCK_C,
                 BLOCK_D,
                 BLOCK_B,
+                BUFFERS,
             )
 
 
@@ -477,6 +473,7 @@ def decode(
     group = query.shape[1] // heads.num_kv_heads
     programs = gpu.num_programs(key.device)
     block_m = gpu.decode_rows(longest, group)
+    tiling = gpu.tiling(head_size, key.element_size(), key.device)
     # A split has less than twice its share of tiles, so partials are fewer than twice the programs.
     acc, lse = gpu.workspace(key.device, 2 * programs * block_m, head_size)
     shared = {
@@ -486,7 +483,7 @@ def decode(
         "GROUP": group,
         "HEAD": head_size,
         "BLOCK_M": block_m,
-        "BLOCK_N": gpu.tile_tokens(head_size, key.element_size()),
+        "BLOCK_N": tiling.tokens,
         "BLOCK_D": gpu.block(head_size, 16),
         "MIN_TILES": 2,
         "BLOCK_B": gpu.block(batch.num_decodes),
@@ -513,9 +510,9 @@ def decode(
         query if sinks is None else sinks,
         R_PAGE=of_retrieval.page,
         S_PAGE=of_streaming.page,
-        BLOCK_C=16,
-        num_warps=gpu.num_warps(head_size, key.element_size()),
-        num_stages=2,
+        BLOCK_C=gpu.block(gpu.MAX_DECODE_QUERY, 16),
+        BUFFERS=tiling.buffers,
+        num_warps=tiling.warps,
         **shared,
     )
     _merge[(batch.num_decodes, heads.num_kv_heads)](

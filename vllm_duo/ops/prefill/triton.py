@@ -62,6 +62,7 @@ def _tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """Attention of the queries at positions ``first_query`` to ``last_query - 1`` in one head."""
     head = tl.load(heads_ptr + row).to(tl.int64)
@@ -109,6 +110,7 @@ def _tile(
         HEAD,
         BLOCK_N,
         BLOCK_D,
+        BUFFERS,
     )
     chunk_key = key_ptr + begin.to(tl.int64) * stride_key_token + head * stride_key_head
     chunk_value = value_ptr + begin.to(tl.int64) * stride_value_token + head * stride_value_head
@@ -133,6 +135,7 @@ def _tile(
             HEAD,
             BLOCK_N,
             BLOCK_D,
+            BUFFERS,
         )
     top, total, acc = fold_tokens(
         q,
@@ -154,6 +157,7 @@ def _tile(
         HEAD,
         BLOCK_N,
         BLOCK_D,
+        BUFFERS,
     )
     if SINKS:
         total = add_sinks(total, top, sinks_ptr, query_head, used)
@@ -209,6 +213,7 @@ def _prefill(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BUFFERS: tl.constexpr,
 ):
     """Retrieval heads first, and a request's last tiles first: the longest work starts first."""
     QUERIES: tl.constexpr = BLOCK_M // GROUP
@@ -267,6 +272,7 @@ def _prefill(
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
+                    BUFFERS,
                 )
         if S_COUNT > 0:
             if row >= R_COUNT:
@@ -309,6 +315,7 @@ def _prefill(
                     BLOCK_M,
                     BLOCK_N,
                     BLOCK_D,
+                    BUFFERS,
                 )
 
 
@@ -353,6 +360,7 @@ def prefill(
     head_size = key.shape[-1]
     group = query.shape[1] // heads.num_kv_heads
     block_m = gpu.block(group, 64)
+    tiling = gpu.tiling(head_size, key.element_size(), key.device)
     first = batch.num_decodes
     _prefill[(num_rows, tokens // (block_m // group) + num_reqs)](
         query,
@@ -381,9 +389,9 @@ def prefill(
         GROUP=group,
         HEAD=head_size,
         BLOCK_M=block_m,
-        BLOCK_N=gpu.tile_tokens(head_size, key.element_size()),
+        BLOCK_N=tiling.tokens,
         BLOCK_D=gpu.block(head_size, 16),
         BLOCK_B=gpu.block(num_reqs),
-        num_warps=gpu.num_warps(head_size, key.element_size()),
-        num_stages=2,
+        BUFFERS=tiling.buffers,
+        num_warps=tiling.warps,
     )
