@@ -80,6 +80,7 @@ struct LayerStep {
     const Request* requests;
     int num_requests;
     HeadClass classes[2];
+    bool ahead_to_first_level;  // as of the kernels
 };
 
 DUO_ALWAYS_INLINE constexpr bool is_quantised(Dtype dtype) { return dtype >= Dtype::e4m3; }

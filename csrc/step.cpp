@@ -59,6 +59,7 @@ void split_by_class(const LayerStep& given, const Kernels& kernels, LayerStep* s
     for (int i = 0; i < 2; ++i) {
         steps[i] = given;
         steps[i].dtype = given.classes[i].dtype;
+        steps[i].ahead_to_first_level = kernels.ahead_to_first_level;
         // Only where the layer has scales do they count.
         if (!is_quantised(steps[i].dtype) || scale_bytes(steps[i].dtype)) {
             steps[i].key_scale = steps[i].value_scale = 1.0f;

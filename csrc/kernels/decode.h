@@ -33,11 +33,16 @@ struct DecodeRows {
 // all at once the lines would have to wait for each other, and the arithmetic with them.
 struct ReadAhead {
     const char* at;
+    const bool to_first_level;
 
-    // Wide arithmetic outruns what the first-level cache can wait for: the second level has more
-    // lines on the way at a time.
+    // Where wide arithmetic outruns what the first-level cache can wait for, the second level has
+    // more lines on the way at a time.
     DUO_INLINE void line() {
-        __builtin_prefetch(at, 0, LANES == 16 ? 2 : 3);
+        if (LANES < 16 || to_first_level) {
+            __builtin_prefetch(at, 0, 3);
+        } else {
+            __builtin_prefetch(at, 0, 2);
+        }
         at += 64;
     }
 
@@ -317,7 +322,7 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
             keys_of(step, *following).fill(first);
             upcoming = first.key[0];
         }
-        ReadAhead ahead{reinterpret_cast<const char*>(upcoming)};
+        ReadAhead ahead{reinterpret_cast<const char*>(upcoming), step.ahead_to_first_level};
         for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
             const float* query = rows.query + r * padded;
             float* score = rows.score + r * TILE;

@@ -27,6 +27,8 @@ struct Kernels {
     CountFloats* decode_scratch_floats;
     CountFloats* prefill_scratch_floats;
     CountFloats* partial_floats;
+    // Where decode has keys brought that it needs soon: into the first-level cache, or the second.
+    bool ahead_to_first_level;
 };
 
 }  // namespace duo

@@ -73,6 +73,7 @@ const Kernels DUO_SYMBOL_OF(DUO_VARIANT) = {
     .decode_scratch_floats = DUO_VARIANT::decode_floats,
     .prefill_scratch_floats = DUO_VARIANT::prefill_floats,
     .partial_floats = DUO_VARIANT::partials,
+    .ahead_to_first_level = DUO_LANES < 16,
 };
 
 }  // namespace duo

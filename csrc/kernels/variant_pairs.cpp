@@ -60,6 +60,7 @@ const Kernels DUO_SYMBOL_OF(DUO_VARIANT) = {
     .decode_scratch_floats = decode_floats,
     .prefill_scratch_floats = prefill_floats,
     .partial_floats = DUO_BASE::partials,
+    .ahead_to_first_level = !DUO_TILES,
 };
 
 }  // namespace duo
