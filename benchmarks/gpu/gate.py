@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu.baselines import Baseline
 from benchmarks.gpu.cases import MODELS, Point, Shape
 from benchmarks.gpu.layer import Attend, DuoStep, Layer
+from benchmarks.gpu.retrieval_kernels import Kernel
 
 WHOLE_BOUND = 0.01
 """Of two outputs' difference, by its size. Each rounds weights and results to bfloat16, by 2**-9 at
@@ -159,7 +160,8 @@ def check_small(
     baselines: Sequence[Baseline],
     shapes: Sequence[Shape] = tuple(MODELS.values()),
     points: Callable[[Sequence[Shape]], Iterator[Point]] = small_points,
-) -> tuple[list[Baseline], dict[str, str]]:
+    kernels: Sequence[Kernel] = (),
+) -> tuple[list[Baseline], list[Kernel], dict[str, str]]:
     """Hold every contender against float64 on small cases.
 
     Args:
@@ -168,9 +170,10 @@ def check_small(
         baselines: those that are installed.
         shapes: layers.
         points: makes the cases.
+        kernels: for the retrieval heads of prefills, besides Triton's.
 
     Returns:
-        The baselines that are right, and why the others are left out.
+        The baselines and kernels that are right, and why the others are left out.
 
     Raises:
         GateError: duo is wrong; nothing may be timed.
@@ -191,7 +194,20 @@ def check_small(
                 check_rows(baseline.name, baseline.prepare(layer)(), layer, 0, tokens)
             except Exception as error:  # whatever an implementation that does not fit raises
                 problems[baseline.name] = f"{type(error).__name__}: {error}"
-    return [each for each in baselines if each.name not in problems], problems
+        for kernel in kernels if point.kind == "prefill" else ():
+            try:
+                for streaming in {*map(point.streaming, point.sparsities)} - {
+                    point.shape.num_kv_heads
+                }:
+                    step = DuoStep(layer, streaming, attend, kernel)
+                    check_rows(kernel.name, step(), layer, streaming, tokens)
+            except Exception as error:
+                problems.setdefault(kernel.name, f"{type(error).__name__}: {error}")
+    return (
+        [each for each in baselines if each.name not in problems],
+        [each for each in kernels if each.name not in problems],
+        problems,
+    )
 
 
 def sampled(point: Point) -> list[int]:
@@ -201,9 +217,9 @@ def sampled(point: Point) -> list[int]:
     return sorted({round(index * last / max(count - 1, 1)) for index in range(count)})
 
 
-def contender(sparsity: float) -> str:
-    """Duo's name at a sparsity."""
-    return f"duo {sparsity:.0%}"
+def contender(sparsity: float, kernel: str = "") -> str:
+    """Duo's name at a sparsity, and with another kernel for the prefills' retrieval heads."""
+    return f"duo {sparsity:.0%}" + (f", {kernel}" if kernel else "")
 
 
 def describe(point: Point) -> str:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.cases import Point
+from benchmarks.gpu.retrieval_kernels import Kernel
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches, PagedTable, RingTable
+from vllm_duo.ops.gpu import RetrievalPrefill
 
 PIECE = 65536
 """Tokens that are copied at once."""
@@ -29,6 +31,7 @@ class Attend(Protocol):
         batch: Batch,
         scale: float,
         output: torch.Tensor,
+        retrieval_prefill: RetrievalPrefill | None = None,
     ) -> None:
         """Attention and the writes into both caches."""
 
@@ -118,10 +121,14 @@ class DuoStep:
         layer: its tensors.
         streaming: KV heads that stream, the layer's first.
         attend: the step.
+        kernel: for the prefills' retrieval heads; None: Triton's, which serves all heads.
     """
 
-    def __init__(self, layer: Layer, streaming: int, attend: Attend) -> None:
+    def __init__(
+        self, layer: Layer, streaming: int, attend: Attend, kernel: Kernel | None = None
+    ) -> None:
         self.layer, self.streaming, self.attend = layer, streaming, attend
+        self.retrieval_prefill = kernel and kernel.make()
         point, shape = layer.point, layer.point.shape
         self.output = torch.empty_like(layer.query)
         self.heads = HeadMap.from_mask(np.arange(shape.num_kv_heads) >= streaming, layer.device)
@@ -183,5 +190,6 @@ class DuoStep:
             layer.batch,
             layer.point.shape.head_size**-0.5,
             self.output,
+            retrieval_prefill=self.retrieval_prefill,
         )
         return self.output

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.arguments import positive_int, unit_share
-from benchmarks.gpu import baselines, cases, gate, results, timing
+from benchmarks.gpu import baselines, cases, gate, results, retrieval_kernels, timing
 from benchmarks.gpu.cases import (
     CHUNKS,
     CONTEXTS,
@@ -45,6 +45,7 @@ class Machine:
         device: where.
         attend: duo's step.
         baselines: that have passed the gate.
+        kernels: for the retrieval heads of prefills, that have passed it too.
         limits: of the machine.
         cache_bytes: of the L2 cache.
         free_bytes: tells the device's free memory.
@@ -59,6 +60,7 @@ class Machine:
     cache_bytes: int
     free_bytes: Callable[[], int]
     capture: Callable[[Sequence[Callable[[], object]]], timing.Replay]
+    kernels: Sequence[retrieval_kernels.Kernel] = ()
     rounds: int = timing.MOST_ROUNDS
 
 
@@ -69,18 +71,20 @@ def measure(point: Point, machine: Machine) -> results.Row:
         A row with ``contenders``; with ``skipped`` where the point does not fit the memory; with
         ``failed`` where duo has not passed the gate, and then without a time.
     """
-    usable = list(machine.baselines)
+    usable, kernels = list(machine.baselines), len(machine.kernels)
     copies = 1 + any(each.is_dense for each in usable)
-    layers = timing.layers_in_turn(point, machine.cache_bytes, copies, machine.free_bytes())
+    layers = timing.layers_in_turn(
+        point, machine.cache_bytes, copies, machine.free_bytes(), kernels
+    )
     if layers == 0 and any(not each.is_dense for each in usable):
         usable = [each for each in usable if not each.is_dense]
-        layers = timing.layers_in_turn(point, machine.cache_bytes, 1, machine.free_bytes())
+        layers = timing.layers_in_turn(point, machine.cache_bytes, 1, machine.free_bytes(), kernels)
     left_out = {
         each.name: "its copy of the cache does not fit beside the cache"
         for each in machine.baselines
         if each not in usable
     }
-    need = timing.layer_bytes(point, 1 + any(each.is_dense for each in usable))
+    need = timing.layer_bytes(point, 1 + any(each.is_dense for each in usable), kernels)
     if layers == 0:
         return _skipped(point, need, machine.free_bytes())
     try:
@@ -116,6 +120,8 @@ def _measure(
         if streaming == 0:
             whole = own[0].output
         steps[name] = list(own)
+    if point.kind == "prefill":
+        _add_kernels(point, machine, stack, steps, errors, left_out)
     differences = {}
     for baseline in usable:
         name = baseline.name
@@ -137,6 +143,32 @@ def _measure(
         if name in row["contenders"]:
             row["contenders"][name]["error"] = error
     return {**row, "tokens_checked": tokens, "differences": differences, "left_out": left_out}
+
+
+def _add_kernels(
+    point: Point,
+    machine: Machine,
+    stack: Sequence[Layer],
+    steps: dict[str, list[Callable[[], torch.Tensor]]],
+    errors: dict[str, float],
+    left_out: dict[str, str],
+) -> None:
+    """Duo with the other kernels for the retrieval heads; what is wrong or does not run is left out."""
+    tokens = gate.sampled(point)
+    for kernel in machine.kernels:
+        for sparsity in point.sparsities:
+            name, streaming = gate.contender(sparsity, kernel.name), point.streaming(sparsity)
+            if streaming == point.shape.num_kv_heads:
+                continue
+            try:
+                own = [DuoStep(layer, streaming, machine.attend, kernel) for layer in stack]
+                errors[name] = gate.check_rows(name, own[0](), stack[0], streaming, tokens)
+                gate.check_writes(own[0], name)
+                steps[name] = list(own)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a kernel that does not fit raises
+                left_out[name] = f"{type(error).__name__}: {error}"
 
 
 def refusal() -> str | None:
@@ -219,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             missing[each[0]] = each[1]
     try:
-        right, wrong = gate.check_small(device, attend_and_write, found)
+        right, kernels, wrong = gate.check_small(
+            device, attend_and_write, found, kernels=list(retrieval_kernels.installed())
+        )
         if not right:
             raise gate.GateError(f"no full attention is installed and right: {missing | wrong}")
     except gate.GateError as error:
@@ -234,12 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.get_device_properties(device).L2_cache_size,
         lambda: torch.cuda.mem_get_info(device)[0],
         timing.captured,
+        kernels,
         5 if arguments.smoke else timing.MOST_ROUNDS,
     )
     result = {
         **results.provenance(device),
         "limits": vars(limits),
         "baselines": [each.name for each in right],
+        "retrieval_prefill": ["triton", *(each.name for each in kernels)],
         "not_compared": missing | wrong,
     }
     console.print_json(data=result)

@@ -94,7 +94,9 @@ def measure_limits(device: torch.device) -> Limits:
     )
 
 
-def layers_in_turn(point: Point, cache_bytes: int, copies: int, free_bytes: int) -> int:
+def layers_in_turn(
+    point: Point, cache_bytes: int, copies: int, free_bytes: int, kernels: int = 0
+) -> int:
     """Layers that take turns in a graph, so that their caches come from memory; 0: not one fits.
 
     Worked example: Llama-3-8B, one decode at 1,024 tokens. 75 % streaming reads and writes 2.05 MB, and
@@ -105,19 +107,28 @@ def layers_in_turn(point: Point, cache_bytes: int, copies: int, free_bytes: int)
         cache_bytes: of the device's L2 cache.
         copies: of the whole cache that the contenders need, 1 or 2.
         free_bytes: of the device's memory.
+        kernels: as in ``layer_bytes``.
     """
     least = min(point.work(point.streaming(share)).num_bytes for share in point.sparsities)
     wanted = min(LAYERS, max(1, math.ceil(3 * cache_bytes / least)))
-    return min(wanted, int(0.9 * free_bytes) // layer_bytes(point, copies))
+    return min(wanted, int(0.9 * free_bytes) // layer_bytes(point, copies, kernels))
 
 
-def layer_bytes(point: Point, copies: int) -> int:
-    """Bytes of a layer's tensors: caches, rings, queries, and every contender's output."""
+def layer_bytes(point: Point, copies: int, kernels: int = 0) -> int:
+    """Bytes of a layer's tensors: caches, rings, queries, and every contender's output.
+
+    Args:
+        point: what is measured.
+        copies: of the whole cache.
+        kernels: that serve the retrieval heads of prefills, besides Triton's.
+    """
     shape = point.shape
+    contenders = len(point.sparsities) * (1 + (kernels if point.kind == "prefill" else 0))
     slots = shape.sink_size + shape.recent_size + shape.block_size
     rings = sum(map(point.streaming, point.sparsities)) / shape.num_kv_heads
+    rings *= contenders / len(point.sparsities)
     ring_bytes = int(rings * point.requests * slots * shape.token_bytes)
     step_bytes = point.num_tokens * (
-        2 * shape.token_bytes + (len(point.sparsities) + 5) * 2 * shape.num_heads * shape.head_size
+        2 * shape.token_bytes + (contenders + 5) * 2 * shape.num_heads * shape.head_size
     )
     return copies * point.cache_bytes + ring_bytes + step_bytes

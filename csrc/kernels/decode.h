@@ -32,18 +32,18 @@ struct DecodeRows {
 // Asks for memory ahead, line after line, as the arithmetic on the keys at hand goes on: asked for
 // all at once the lines would have to wait for each other, and the arithmetic with them.
 struct ReadAhead {
-    const char* at;
+    BlockLines lines;
     const bool to_first_level;
 
     // Where wide arithmetic outruns what the first-level cache can wait for, the second level has
     // more lines on the way at a time.
     DUO_INLINE void line() {
+        const char* at = lines.next();
         if (LANES < 16 || to_first_level) {
             __builtin_prefetch(at, 0, 3);
         } else {
             __builtin_prefetch(at, 0, 2);
         }
-        at += 64;
     }
 
     // The share of one chunk of one key or value.
@@ -308,7 +308,8 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
     std::memset(rows.values, 0, rows.rows * padded * sizeof(float));
 
     KeyWalk walk = keys_of(step, item);
-    KeyBlock<T, TILE> tiles[2];
+    KeyBlock<T, TILE> tiles[2], first_of_following;
+    const int64_t key_bytes = row_bytes(step.dtype, step.head_size);
     const bool scaled = IS_QUANTISED<T> && scale_bytes(step.dtype);
     TileScales scales;
     fill_tile(walk, tiles[0]);
@@ -316,13 +317,12 @@ void decode_item(const LayerStep& step, const Item& item, const Item* following,
         KeyBlock<T, TILE>& tile = tiles[turn & 1];
         KeyBlock<T, TILE>& next = tiles[~turn & 1];
         fill_tile(walk, next);
-        const T* upcoming = next.count ? next.key[0] : tile.key[0];
+        const KeyBlock<T, TILE>* upcoming = next.count ? &next : &tile;
         if (next.count == 0 && following) {
-            KeyBlock<T, 1> first;
-            keys_of(step, *following).fill(first);
-            upcoming = first.key[0];
+            keys_of(step, *following).fill(first_of_following);
+            upcoming = &first_of_following;
         }
-        ReadAhead ahead{reinterpret_cast<const char*>(upcoming), step.ahead_to_first_level};
+        ReadAhead ahead{{*upcoming, key_bytes}, step.ahead_to_first_level};
         for_row_groups(rows.rows, [&]<int R>(int r, Indices<R>) __attribute__((always_inline)) {
             const float* query = rows.query + r * padded;
             float* score = rows.score + r * TILE;

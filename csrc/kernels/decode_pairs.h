@@ -20,10 +20,10 @@ constexpr int MAX_PAIRS_CHUNKS = 4;
 // products of tile registers are done too soon to wait for memory in between. Into the second
 // level, which has more lines on the way at a time.
 struct LinesAhead {
-    const char* at;
+    BlockLines upcoming;
 
     DUO_INLINE void lines(int count) {
-        for (int i = 0; i < count; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+        for (int i = 0; i < count; ++i) __builtin_prefetch(upcoming.next(), 0, 2);
     }
 
     // Half of a tile's lines: of each 32 elements of a key and a value, one.
@@ -86,22 +86,21 @@ class DecodePairs {
         // registers.
         KeyWalk walk = keys_of(step_, item_);
         KeyWalk others = keys_of(step_, following ? *following : item_);
-        Keys ring[3];
+        Keys ring[3], other;
         Keys* now = &ring[0];
         Keys* next = &ring[1];
         Keys* third = &ring[2];
         fill_tile(walk, *now);
         fill_tile(walk, *next);
-        LinesAhead ahead{first_line(next->count ? *next : *now)};
+        LinesAhead ahead{lines_of(next->count ? *next : *now)};
         score(tiles, *now, score_, ahead);
         for (int turn = 0; now->count; ++turn) {
             fill_tile(walk, *third);
             if (third->count) {
-                ahead.at = first_line(*third);
+                ahead.upcoming = lines_of(*third);
             } else {
-                Keys other;
                 others.fill(other);
-                ahead.at = first_line(other.count ? other : *now);
+                ahead.upcoming = lines_of(other.count ? other : *now);
             }
             if (next->count) score(tiles, *next, score_of(turn + 1), ahead);
             hide_keys(Strides{}, heads_, request_, step_.group, *now, rows_, score_of(turn));
@@ -125,8 +124,8 @@ class DecodePairs {
 
     float* score_of(int turn) const { return score_ + (turn & 1) * TILE * R; }
 
-    static const char* first_line(const Keys& keys) {
-        return reinterpret_cast<const char*>(keys.key[0]);
+    BlockLines lines_of(const Keys& keys) const {
+        return {keys, row_bytes(step_.dtype, step_.head_size)};
     }
 
     // [chunks, 16 pairs, R] to registers; columns without a row are 0.

@@ -14,6 +14,7 @@ struct KeyBlock {
     int64_t position[Size];
     int count;
     int runs;
+    int run_end[Size];  // the place behind each run
 
     // The first `keys` of a run, the first at position `begin`, go to the places from `place` on.
     DUO_INLINE void put(int place, const KeyRun& run, int64_t begin, int keys) {
@@ -91,6 +92,7 @@ class KeyWalk {
             run_.count -= count;
             at_ += count;
             n += count;
+            block.run_end[block.runs - 1] = n;
         }
         block.count = n;
     }
@@ -115,6 +117,43 @@ class KeyWalk {
     int64_t then_begin_ = 0;
     int64_t then_end_ = 0;
     KeyRun run_{};
+};
+
+// The memory lines of a block's keys and values, run after run; then what follows the last one.
+class BlockLines {
+  public:
+    // `row_bytes`: from a key to the next one of a run, with its value between.
+    template <typename T, int Size>
+    DUO_INLINE BlockLines(const KeyBlock<T, Size>& block, int64_t row_bytes)
+        : key_(reinterpret_cast<const char* const*>(block.key)),
+          run_end_(block.run_end),
+          runs_(block.runs),
+          row_bytes_(row_bytes) {
+        if (runs_) next_run();
+    }
+
+    DUO_INLINE const char* next() {
+        const char* line = at_;
+        at_ += 64;
+        if (at_ >= end_ && run_ < runs_) next_run();
+        return line;
+    }
+
+  private:
+    DUO_INLINE void next_run() {
+        at_ = key_[place_];
+        end_ = at_ + (run_end_[run_] - place_) * row_bytes_;
+        place_ = run_end_[run_++];
+    }
+
+    const char* const* key_;
+    const int* run_end_;
+    int runs_;
+    int64_t row_bytes_;
+    const char* at_ = nullptr;
+    const char* end_ = nullptr;
+    int run_ = 0;
+    int place_ = 0;
 };
 
 // Scales of a token's keys and values, which follow its values.

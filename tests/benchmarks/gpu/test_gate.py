@@ -7,15 +7,16 @@ import torch
 
 from benchmarks.gpu import baselines, gate
 from benchmarks.gpu.layer import Layer
-from tests.benchmarks.gpu.toys import CPU, LLAMA_3, PLAIN, TOY, few, toy
+from benchmarks.gpu.retrieval_kernels import Kernel
+from tests.benchmarks.gpu.toys import CPU, LLAMA_3, PLAIN, STAND_IN, TOY, few, toy
 from tests.ops.triton_cases import implementation  # noqa: F401 - a fixture
 from vllm_duo.ops.layer.triton import attend_and_write
 
 
 class TestGate:
     def test_right_kernels_pass(self):
-        right, problems = gate.check_small(CPU, attend_and_write, [PLAIN], [TOY], few)
-        assert (right, problems) == ([PLAIN], {})
+        found = gate.check_small(CPU, attend_and_write, [PLAIN], [TOY], few, [STAND_IN])
+        assert found == ([PLAIN], [STAND_IN], {})
 
     def test_small_points_wrap_the_ring_and_start_from_nothing(self):
         points = list(gate.small_points([LLAMA_3]))
@@ -24,7 +25,7 @@ class TestGate:
 
     @pytest.mark.parametrize("sparsities", [(0.0,), (1.0,)], ids=["retrieval", "streaming"])
     def test_a_wrong_result_stops_everything(self, sparsities):
-        def wrong(*arguments):
+        def wrong(*arguments, retrieval_prefill):
             attend_and_write(*arguments)
             arguments[-1][..., 3] *= 1.2
 
@@ -36,10 +37,10 @@ class TestGate:
 
     def test_an_output_that_was_not_written_is_wrong(self):
         with pytest.raises(gate.GateError, match="got nan"):
-            gate.check_small(CPU, lambda *arguments: None, [PLAIN], [TOY], few)
+            gate.check_small(CPU, lambda *arguments, **others: None, [PLAIN], [TOY], few)
 
     def test_a_ring_that_was_not_written_is_wrong(self):
-        def forgetful(*arguments):
+        def forgetful(*arguments, retrieval_prefill):
             ring = arguments[4].streaming
             before = None if ring is None else ring.clone()
             attend_and_write(*arguments)
@@ -58,10 +59,23 @@ class TestGate:
             raise RuntimeError("no kernel image")
 
         others = [baselines.Baseline("wrong", wrong), baselines.Baseline("broken", broken)]
-        right, problems = gate.check_small(CPU, attend_and_write, [PLAIN, *others], [TOY], few)
+        found = gate.check_small(CPU, attend_and_write, [PLAIN, *others], [TOY], few)
+        right, _, problems = found
         assert right == [PLAIN]
         assert problems["wrong"].startswith("GateError: wrong is wrong at toy")
         assert problems["broken"] == "RuntimeError: no kernel image"
+
+    def test_a_wrong_kernel_for_the_retrieval_heads_is_left_out(self):
+        """One that does nothing is wrong, one that fails is told."""
+
+        def broken(*arguments):
+            raise RuntimeError("no kernel image")
+
+        kernels = [Kernel("idle", lambda: lambda *_: None), Kernel("broken", lambda: broken)]
+        found = gate.check_small(CPU, attend_and_write, [PLAIN], [TOY], few, [STAND_IN, *kernels])
+        assert found[:2] == ([PLAIN], [STAND_IN])
+        assert found[2]["idle"].startswith("GateError: idle is wrong at toy, chunk of 6")
+        assert found[2]["broken"] == "RuntimeError: no kernel image"
 
     def test_reference_is_the_rule(self):
         """Against attention with a whole mask, by another way."""

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import attention
-from benchmarks.gpu import baselines, gate, main, results, timing
+from benchmarks.gpu import baselines, gate, main, results, retrieval_kernels, timing
 from benchmarks.gpu.cases import Limits
-from tests.benchmarks.gpu.toys import PLAIN, toy
+from tests.benchmarks.gpu.toys import PLAIN, STAND_IN, toy
 from tests.ops.triton_cases import implementation  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[3]
@@ -76,7 +76,7 @@ class TestWithoutAGpu:
         monkeypatch.setattr(main, "refusal", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(baselines, "installed", lambda device: iter([("full", "is missing")]))
-        monkeypatch.setattr(gate, "check_small", lambda *arguments: ([], {}))
+        monkeypatch.setattr(gate, "check_small", lambda *arguments, **others: ([], [], {}))
         assert main.main([]) == 1
         said = capsys.readouterr().out
         assert "the correctness gate failed, nothing was timed" in said
@@ -101,12 +101,16 @@ class TestWithoutAGpu:
         monkeypatch.setattr(timing, "measure_limits", lambda device: Limits(4300.0, 790.0))
         found = [PLAIN, ("FlashInfer", "no module")]
         monkeypatch.setattr(baselines, "installed", lambda device: iter(found))
-        monkeypatch.setattr(gate, "check_small", lambda *arguments: ([PLAIN], {"other": "wrong"}))
+        monkeypatch.setattr(retrieval_kernels, "installed", lambda: iter([STAND_IN]))
+        monkeypatch.setattr(
+            gate, "check_small", lambda *arguments, kernels: ([PLAIN], kernels, {"other": "wrong"})
+        )
 
     def test_from_flags_to_files(self, device, monkeypatch, capsys, tmp_path):
         def measure(point, machine):
             assert machine.free_bytes() == 130 << 30
             assert machine.cache_bytes == 60 << 20
+            assert machine.kernels == [STAND_IN]
             names = [*map(gate.contender, point.sparsities), "plain"]
             times = {name: [2.0 + n, 1.0 + n] for n, name in enumerate(names)}
             return results.times_row(point, times, 4, machine.limits)
@@ -119,6 +123,7 @@ class TestWithoutAGpu:
         assert written["device"] == "NVIDIA H200"
         assert written["limits"] == {"copy_gb_s": 4300.0, "gemm_tflop_s": 790.0}
         assert written["baselines"] == ["plain"]
+        assert written["retrieval_prefill"] == ["triton", "stand-in"]
         assert written["not_compared"] == {"FlashInfer": "no module", "other": "wrong"}
         assert written["triton"]
         assert len(written["points"]) == len(main.points(main.parser().parse_args(["--smoke"])))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks.gpu import baselines, gate, main, timing
-from tests.benchmarks.gpu.toys import LIMITS, PLAIN, toy
+from benchmarks.gpu.retrieval_kernels import Kernel
+from tests.benchmarks.gpu.toys import LIMITS, PLAIN, STAND_IN, toy
 from tests.ops.triton_cases import implementation  # noqa: F401 - a fixture
 from vllm_duo.ops.layer.triton import attend_and_write
 
@@ -40,13 +41,66 @@ def test_the_fastest_full_attention_counts(machine):
 
 
 def test_a_wrong_kernel_gets_no_time(machine):
-    def wrong(*arguments):
+    def wrong(*arguments, retrieval_prefill):
         attend_and_write(*arguments)
         arguments[-1].mul_(1.2)
 
     row = main.measure(toy(20, 1), machine(attend=wrong))
     assert "duo 0% is wrong at toy" in row["failed"]
     assert "contenders" not in row
+
+
+class TestRetrievalKernels:
+    POINT = toy(14, 6)
+
+    def test_each_is_a_contender_of_prefills(self, machine):
+        row = main.measure(self.POINT, machine(kernels=[STAND_IN]))
+        assert list(row["contenders"]) == [
+            "duo 0%",
+            "duo 50%",
+            "duo 100%",
+            "duo 0%, stand-in",
+            "duo 50%, stand-in",
+            "plain",
+        ]
+        half = row["contenders"]["duo 50%, stand-in"]
+        assert half["bytes"] == self.POINT.work(1).num_bytes
+        assert half["times_best"] == pytest.approx(6 / 5)
+        assert row["baseline"] == "plain"
+        assert "error" in half
+
+    def test_each_layer_has_a_plan_of_its_own(self, machine):
+        """Captured graphs keep a plan: a layer must not plan anew after another one has."""
+        made = []
+
+        def make():
+            kernel = STAND_IN.make()
+            made.append(kernel)
+            return kernel
+
+        row = main.measure(self.POINT, machine(kernels=[Kernel("stand-in", make)]))
+        assert row["layers"] > 1
+        assert len(made) == 2 * row["layers"]
+        assert all(len(kernel._planned) <= 1 for kernel in made)
+
+    def test_decodes_have_none(self, machine):
+        row = main.measure(toy(20, 1), machine(kernels=[STAND_IN]))
+        assert list(row["contenders"]) == ["duo 0%", "duo 50%", "duo 100%", "plain"]
+
+    def test_a_wrong_one_is_left_out(self, machine):
+        def wrong(query, heads, caches, batch, scale, output):
+            output[:, :, 0] = 7.0
+
+        def broken(*arguments):
+            raise RuntimeError("no kernel image")
+
+        kernels = [Kernel("wrong", lambda: wrong), Kernel("broken", lambda: broken)]
+        row = main.measure(self.POINT, machine(kernels=kernels))
+        assert list(row["contenders"]) == ["duo 0%", "duo 50%", "duo 100%", "plain"]
+        assert row["left_out"]["duo 0%, wrong"].startswith(
+            "GateError: duo 0%, wrong is wrong at toy"
+        )
+        assert row["left_out"]["duo 50%, broken"] == "RuntimeError: no kernel image"
 
 
 def test_without_a_right_baseline_there_is_no_ratio(machine):

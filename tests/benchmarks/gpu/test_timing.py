@@ -36,6 +36,13 @@ class TestMemory:
         copies = timing.layer_bytes(point, 2) - timing.layer_bytes(point, 1)
         assert copies == point.cache_bytes == (1 << 20) * 8 * 512
 
+    def test_another_kernel_has_outputs_and_rings_of_its_own_in_prefills(self):
+        decode, prefill = (Point(shape=LLAMA_3, context=4096, chunk=chunk) for chunk in (1, 2048))
+        assert timing.layer_bytes(decode, 1, 1) == timing.layer_bytes(decode, 1)
+        more = timing.layer_bytes(prefill, 1, 1) - timing.layer_bytes(prefill, 1)
+        rings = 1.5 * 336 * 8 * 512  # half of the heads of four sparsities' layers, 21 blocks
+        assert more == 4 * 2048 * 2 * 32 * 128 + rings
+
 
 def test_turns_are_as_many_as_there_is_time():
     calls = []

@@ -145,10 +145,12 @@ class FlashInferPrefill:
     Source: the paged call of ``vllm/v1/attention/backends/flashinfer.py``, 0.32.
     """
 
-    def __init__(self, make_wrapper: MakeWrapper) -> None:
+    def __init__(
+        self, make_wrapper: MakeWrapper, workspaces: dict[torch.device, torch.Tensor] | None = None
+    ) -> None:
         self._make_wrapper = make_wrapper
         self._planned: dict[tuple[torch.device, Shape], _Planned] = {}
-        self._workspaces: dict[torch.device, torch.Tensor] = {}
+        self._workspaces = {} if workspaces is None else workspaces
 
     def prepare(self, device: torch.device, shape: Shape) -> None:
         """Reserve memory for layers of a shape, and have FlashInfer compile and load their kernel.
