@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,27 @@ def test_wrong_cache_is_named(name, wrong):
 def test_unknown_variant_lists_the_known_ones():
     with pytest.raises(RuntimeError, match="unknown: use one of portable"):
         cpu.force_isa("mmx")
+
+
+def test_variant_is_the_fastest_of_the_processor():
+    """By the operating system's list of instructions: docs/cpu.md says where each was measured."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    told = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    flags, is_amd = told["flags"].split(), told["vendor_id"].strip() == "AuthenticAMD"
+    if "amx_bf16" in cpu.supported_isas():  # flags do not say whether the process may use them
+        expected = "amx_bf16"
+    elif is_amd and "avx512_bf16" in flags:
+        expected = "avx512_bf16"
+    elif {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= {*flags}:
+        expected = "avx512"
+    else:
+        expected = "avx2" if {"avx2", "fma", "f16c"} <= {*flags} else "portable"
+    environment = {**os.environ, "VLLM_DUO_CPU_ISA": ""}
+    code = "from vllm_duo.ops import cpu; print(cpu.isa())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == expected
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
