@@ -75,7 +75,6 @@ FEATURES: Mapping[str, Mapping[str, str]] = {
         "sliding windows of several sizes": "",
         "chunked local attention": "as in Llama 4",
         "learned attention sinks": "logits of the query heads, as in gpt-oss",
-        "learned attention sinks on a GPU": "",
         "soft-capped logits": "as in Gemma 2",
         "ALiBi": "",
         "multi-head latent attention (MLA)": "as in DeepSeek",

@@ -18,6 +18,7 @@ from vllm_duo.model_facts import (
     draft_refusals,
     model_refusals,
 )
+from vllm_duo.ops.gpu import MAX_DECODE_QUERY
 from vllm_duo.windows import layer_windows
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         *model_refusals(facts_of(vllm_config.model_config)),
         *_parallelism(vllm_config),
         *_speculation(vllm_config),
-        *sinks_refusals(vllm_config.model_config.hf_text_config.model_type),
         *_features(vllm_config),
     ]
 
@@ -155,17 +155,6 @@ def _multimodal_type(model: ModelConfig) -> str | None:
     return model_type
 
 
-def sinks_refusals(model_type: str) -> Iterator[str]:
-    """Why a model with learned sinks cannot be served on this platform, if so.
-
-    Models that are not told by their type are refused layer by layer (``attention/impl.py``).
-    """
-    from vllm.platforms import current_platform
-
-    if model_type == "gpt_oss" and not current_platform.is_cpu():
-        yield "learned attention sinks on a GPU: not tested yet"
-
-
 def dtype_name(model: ModelConfig) -> str:
     """The model's own kind of numbers, by vLLM's name."""
     return str(model.dtype).removeprefix("torch.")
@@ -257,8 +246,12 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     speculation = vllm_config.speculative_config
     if speculation is None:
         return
-    if not current_platform.is_cpu():
-        yield "speculative decoding on a GPU: not tested yet, remove --speculative-config"
+    drafts = speculation.num_speculative_tokens
+    if not current_platform.is_cpu() and drafts >= MAX_DECODE_QUERY:
+        yield (
+            f"speculative decoding on a GPU with {drafts} drafts: its decode kernel, which CUDA graphs "
+            f"hold, takes {MAX_DECODE_QUERY - 1} at most: set num_speculative_tokens to that or fewer"
+        )
     if vllm_config.scheduler_config.async_scheduling:
         yield (
             "speculative decoding with --async-scheduling: a step would be planned before it is known "

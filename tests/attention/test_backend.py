@@ -62,13 +62,6 @@ def test_layer_features_are_refused_before_weights_load(config, arguments, reaso
         make_layer(**arguments)
 
 
-@pytest.mark.refused("learned attention sinks on a GPU")
-def test_learned_sinks_on_a_gpu_are_refused(config):
-    config.device_config.device_type = "cuda"
-    with pytest.raises(NotImplementedError, match="a layer with learned sinks on a GPU"):
-        make_layer(sinks=torch.zeros(4))
-
-
 @pytest.mark.parametrize("shape", [(2,), (8,), (4, 1)])
 def test_sinks_of_other_heads_are_refused(config, shape):
     with pytest.raises(ValueError, match=r"expected \[4\], one of each of its query heads"):
@@ -87,6 +80,9 @@ def test_sinks_are_those_of_the_weights_that_were_loaded_last(config, dtype):
         layer.process_weights_after_loading(dtype)
         assert layer.sinks.dtype == torch.float32
         assert layer.sinks.tolist() == [value] * 4
+    assert layer.sinks.data_ptr() != parameter.data_ptr(), (
+        "sleeping takes a parameter's memory away"
+    )
 
 
 @pytest.mark.parametrize(

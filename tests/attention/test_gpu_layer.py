@@ -40,11 +40,9 @@ class Wrapper:
 
 
 @pytest.fixture
-def layer(monkeypatch):
-    """A layer with two retrieval and two streaming heads, set up with FlashInfer."""
+def make_layer(monkeypatch):
+    """Makes a layer with two retrieval and two streaming heads, by the arguments of its impl."""
     pattern = HeadPattern(np.array([[0.9, 0.0, 0.1, 1.0]]))
-    duo = DuoConfig(retrieval_prefill="flashinfer", untested_gpu=True)
-    plan = ServerPlan(pattern, resolve(duo, pattern))
     layer = Layer()
     config = Config(
         speculative_config=None,
@@ -55,14 +53,25 @@ def layer(monkeypatch):
     )
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
     monkeypatch.setattr(impl, "Attention", Layer)
-    monkeypatch.setattr(specs, "resolve_plan", lambda _: plan)
     monkeypatch.setattr(impl.DuoAttentionImpl, "_check_window", lambda *_: None)
     monkeypatch.setattr(retrieval_prefill, "find_flashinfer", lambda: (Wrapper, "0.7.0.post1"))
+
+    def make(setting, **arguments):
+        duo = DuoConfig(retrieval_prefill=setting, untested_gpu=True)
+        plan = ServerPlan(pattern, resolve(duo, pattern))
+        monkeypatch.setattr(specs, "resolve_plan", lambda _: plan)
+        layer.impl = impl.DuoAttentionImpl(16, 64, 0.125, 4, **arguments)
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+        return layer
+
     retrieval_prefill.server_choice.cache_clear()
-    layer.impl = impl.DuoAttentionImpl(16, 64, 0.125, 4)
-    layer.impl.process_weights_after_loading(torch.bfloat16)
-    yield layer
+    yield make
     retrieval_prefill.server_choice.cache_clear()
+
+
+@pytest.fixture
+def layer(make_layer):
+    return make_layer("flashinfer")
 
 
 def test_kernel_is_ready_when_the_weights_have_loaded(layer):
@@ -99,3 +108,23 @@ def test_head_map_survives_sleep():
     assert heads.retrieval.tolist() == [0, 3]
     assert heads.streaming.tolist() == [1, 2]
     assert [a is b for a, b in zip(before, after, strict=True)] == [True, True]
+
+
+class TestLearnedSinks:
+    def test_they_are_among_the_model_s_buffers(self, make_layer):
+        """As the lists of heads are; graphs read them where they lie."""
+        layer = make_layer("auto", sinks=torch.zeros(16, dtype=torch.bfloat16, device="meta"))
+        sinks = layer.impl.sinks
+        assert sinks.dtype == torch.float32
+        assert layer.duo_sinks is sinks
+        assert layer.state_dict() == {}, "the checkpoint has them under the model's own name"
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+        assert layer.impl.sinks is sinks is layer.duo_sinks
+
+    def test_triton_serves_their_prefills(self, make_layer):
+        sinks = torch.zeros(16, device="meta")
+        assert make_layer("auto", sinks=sinks).impl.retrieval_prefill is None
+
+    def test_another_kernel_is_refused(self, make_layer):
+        with pytest.raises(NotImplementedError, match="learned sinks out"):
+            make_layer("flashinfer", sinks=torch.zeros(16, device="meta"))

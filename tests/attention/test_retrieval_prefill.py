@@ -27,7 +27,9 @@ def function(**arguments):
     raise AssertionError("nothing is run here")
 
 
-def make_choice(setting, dtype=torch.bfloat16, head_size=128, block_size=16, error=None):
+def make_choice(
+    setting, dtype=torch.bfloat16, head_size=128, block_size=16, has_sinks=False, error=None
+):
     def find(size):
         assert setting != "flashinfer"
         assert size == head_size
@@ -46,6 +48,7 @@ def make_choice(setting, dtype=torch.bfloat16, head_size=128, block_size=16, err
         dtype=dtype,
         head_size=head_size,
         block_size=block_size,
+        has_sinks=has_sinks,
         find_flash_attn=find,
         find_flashinfer=find_flashinfer,
     )
@@ -162,6 +165,19 @@ class TestFindFlashInfer:
             find_flashinfer()
 
 
+def test_learned_sinks_are_triton_s_alone():
+    choice = make_choice("auto", has_sinks=True)
+    assert (choice.name, choice.kernel) == ("triton", None)
+    assert choice.reason == "the model's learned sinks are left out by all others"
+    assert make_choice("triton", has_sinks=True).reason == "set by retrieval_prefill"
+
+
+@pytest.mark.parametrize("setting", ["flash-attn", "flashinfer"])
+def test_a_kernel_that_leaves_learned_sinks_out_is_refused(setting):
+    with pytest.raises(NotImplementedError, match="would leave the model's learned sinks out: set"):
+        make_choice(setting, has_sinks=True)
+
+
 @pytest.fixture
 def fresh_choice():
     server_choice.cache_clear()
@@ -194,6 +210,18 @@ def test_flashinfer_is_prepared_for_each_layer_s_heads(monkeypatch):
     assert len(kernels) == 1
     assert [wrapper.shape for wrapper in made] == [(8, 2, 128, 16), (4, 1, 128, 16)]
     assert all(wrapper.scale == 0.5 for wrapper in made)
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_layer_with_learned_sinks_does_not_share_the_choice_of_one_without(monkeypatch):
+    monkeypatch.setattr(retrieval_prefill, "find_flash_attn", lambda _: (function, 3))
+    heads = HeadMap.from_mask(np.array([True]), torch.device("cpu"))
+    sizes = {"head_size": 64, "block_size": 16, "group": 1, "scale": 1.0}
+    kernels = [
+        layer_kernel("auto", heads, dtype=torch.bfloat16, has_sinks=has_sinks, **sizes)
+        for has_sinks in (False, True)
+    ]
+    assert [kernel is None for kernel in kernels] == [False, True]
 
 
 @pytest.mark.usefixtures("fresh_choice")

@@ -81,15 +81,6 @@ def test_gpu_may_be_tried(platform):
     assert list(support.platform_refusals({"duo": {"untested_gpu": True}})) == []
 
 
-@pytest.mark.refused("learned attention sinks on a GPU")
-def test_learned_sinks_on_a_gpu(platform):
-    platform("cuda")
-    assert list(support.sinks_refusals("gpt_oss")) == [
-        "learned attention sinks on a GPU: not tested yet"
-    ]
-    assert list(support.sinks_refusals("llama")) == []
-
-
 def test_kernel_of_a_gpu_on_a_cpu(serve):
     (reason,) = reasons_of(serve, duo={"retrieval_prefill": "flash-attn"})
     assert reason.startswith("\"retrieval_prefill\": 'flash-attn': it chooses a GPU's kernel")

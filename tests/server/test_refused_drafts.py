@@ -19,10 +19,10 @@ TESTED = {"ngram", "custom_class", "medusa", "draft_model", "eagle", "eagle3"}
 LAYERS = pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
 
 
-def drafting(method, async_scheduling=False):
+def drafting(method, async_scheduling=False, drafts=4):
     """What of a server's config says how it drafts."""
     return SimpleNamespace(
-        speculative_config=SimpleNamespace(method=method),
+        speculative_config=SimpleNamespace(method=method, num_speculative_tokens=drafts),
         scheduler_config=SimpleNamespace(async_scheduling=async_scheduling),
     )
 
@@ -123,7 +123,11 @@ def test_drafts_with_steps_planned_ahead():
     assert reason.endswith("use --no-async-scheduling")
 
 
-def test_drafts_on_a_gpu(platform):
+def test_drafts_on_a_gpu_are_as_many_as_its_decode_kernel_takes(platform):
+    """More would be prefills, which no full graph may hold: their launches depend on the lengths."""
+    assert list(support._speculation(drafting("ngram", drafts=8))) == []
     platform("cuda")
-    (reason,) = support._speculation(drafting("ngram"))
-    assert reason.startswith("speculative decoding on a GPU: not tested yet")
+    assert list(support._speculation(drafting("ngram", drafts=7))) == []
+    (reason,) = support._speculation(drafting("ngram", drafts=8))
+    assert reason.startswith("speculative decoding on a GPU with 8 drafts: its decode kernel")
+    assert reason.endswith("takes 7 at most: set num_speculative_tokens to that or fewer")

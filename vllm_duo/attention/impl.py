@@ -67,13 +67,11 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
         **extra: Any,
     ) -> None:
         self.vllm_config = get_current_vllm_config()
-        on_gpu = self.vllm_config.device_config.device_type != "cpu"
         unsupported = {
             "ALiBi slopes": alibi_slopes is not None,
             "soft-capped logits": bool(logits_soft_cap),
             f"attention type {attn_type}": attn_type != AttentionType.DECODER,
             "another layer's KV cache": kv_sharing_target_layer_name is not None,
-            "learned sinks on a GPU": sinks is not None and on_gpu,
             # A checkpoint may bring its own KV scheme, which vLLM applies layer by layer.
             f"a {kv_cache_dtype} KV cache": kv_cache_dtype not in CACHE_DTYPES,
             **{f"the argument {name}": value is not None for name, value in extra.items()},
@@ -117,12 +115,12 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Split the layer's heads and describe its caches; safe to call again on a reload."""
-        if self.loaded_sinks is not None:
-            self.sinks = self.loaded_sinks.detach().float().contiguous()
         context = self.vllm_config.compilation_config.static_forward_context
         name, layer = next(
             (name, layer) for name, layer in context.items() if getattr(layer, "impl", None) is self
         )
+        if self.loaded_sinks is not None:
+            self._take_sinks(layer, self.loaded_sinks.detach())
         check_scales(name, layer)
         if self.heads is not None:
             return
@@ -172,6 +170,7 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
                 block_size=self.vllm_config.cache_config.block_size,
                 group=self.num_heads // self.num_kv_heads,
                 scale=self.scale,
+                has_sinks=self.sinks is not None,
             )
 
     def forward(
@@ -222,6 +221,16 @@ class DuoAttentionImpl(AttentionImpl[DuoMetadata]):
             self.sinks,
         )
         return output
+
+    def _take_sinks(self, layer: Attention, loaded: torch.Tensor) -> None:
+        """Copy the loaded sinks, to where they lay before: CUDA graphs read them there."""
+        if self.sinks is not None:
+            self.sinks.copy_(loaded)
+            return
+        self.sinks = loaded.to(torch.float32, copy=True).contiguous()
+        if not self.sinks.is_cpu:
+            # Among the model's buffers, which vLLM's sleep mode keeps.
+            layer.register_buffer("duo_sinks", self.sinks, persistent=False)
 
     def _keep_all(self, name: str, layer: Attention, device: torch.device) -> None:
         """Set up a layer that drafts: every head keeps every token."""

@@ -57,6 +57,7 @@ def choose(
     dtype: torch.dtype,
     head_size: int,
     block_size: int,
+    has_sinks: bool,
     find_flash_attn: Callable[[int], tuple[Callable[..., torch.Tensor], int]],
     find_flashinfer: Callable[[], tuple[MakeWrapper, str]],
 ) -> Choice:
@@ -67,6 +68,7 @@ def choose(
         dtype: of queries and caches.
         head_size: D.
         block_size: tokens of a retrieval block.
+        has_sinks: whether query heads have learned sinks, of which no other kernel is told.
         find_flash_attn: takes D, returns vLLM's ``flash_attn_varlen_func`` and its version; raises
             ImportError with the reason where there is none.
         find_flashinfer: returns FlashInfer's wrapper class and version, likewise.
@@ -77,6 +79,13 @@ def choose(
     by_setting = "set by retrieval_prefill"
     if setting == "triton":
         return Choice("triton", by_setting)
+    if has_sinks:
+        if setting == "auto":
+            return Choice("triton", "the model's learned sinks are left out by all others")
+        raise NotImplementedError(
+            f'retrieval_prefill "{setting}": it would leave the model\'s learned sinks out: set '
+            '"triton" or "auto"'
+        )
     try:
         if setting == "flashinfer":
             problems = _dtype_problems(dtype) + _flashinfer_problems(head_size, block_size)
@@ -207,6 +216,7 @@ def layer_kernel(
     block_size: int,
     group: int,
     scale: float,
+    has_sinks: bool = False,
 ) -> RetrievalPrefill | None:
     """The server's kernel, ready for a layer; None: the Triton kernel.
 
@@ -218,12 +228,13 @@ def layer_kernel(
         block_size: tokens of a retrieval block.
         group: query heads of a KV head.
         scale: factor on the logits.
+        has_sinks: whether the layer has learned sinks.
 
     Raises:
         NotImplementedError: the setting names a kernel that cannot serve this.
         RuntimeError: the kernel cannot be loaded.
     """
-    kernel = server_choice(setting, dtype, head_size, block_size).kernel
+    kernel = server_choice(setting, dtype, head_size, block_size, has_sinks).kernel
     count = len(heads.retrieval)
     if isinstance(kernel, FlashInferPrefill) and count:
         shape = Shape(count * group, count, head_size, block_size, dtype, scale)
@@ -232,20 +243,24 @@ def layer_kernel(
 
 
 @cache
-def server_choice(setting: Setting, dtype: torch.dtype, head_size: int, block_size: int) -> Choice:
+def server_choice(
+    setting: Setting, dtype: torch.dtype, head_size: int, block_size: int, has_sinks: bool = False
+) -> Choice:
     """The choice of a server, made and logged once.
 
     Raises:
         NotImplementedError: the setting names a kernel that cannot serve this.
     """
-    choice = choose_here(setting, dtype, head_size, block_size)
+    choice = choose_here(setting, dtype, head_size, block_size, has_sinks)
     logger.info(
         "duo: Triton kernels; retrieval heads of prefills: %s (%s)", choice.name, choice.reason
     )
     return choice
 
 
-def choose_here(setting: Setting, dtype: torch.dtype, head_size: int, block_size: int) -> Choice:
+def choose_here(
+    setting: Setting, dtype: torch.dtype, head_size: int, block_size: int, has_sinks: bool = False
+) -> Choice:
     """``choose`` among what this machine has.
 
     Raises:
@@ -256,6 +271,7 @@ def choose_here(setting: Setting, dtype: torch.dtype, head_size: int, block_size
         dtype=dtype,
         head_size=head_size,
         block_size=block_size,
+        has_sinks=has_sinks,
         find_flash_attn=find_flash_attn,
         find_flashinfer=find_flashinfer,
     )
