@@ -18,7 +18,6 @@ from vllm_duo.model_facts import (
     draft_refusals,
     model_refusals,
 )
-from vllm_duo.ops.gpu import MAX_DECODE_QUERY
 from vllm_duo.windows import layer_windows
 
 if TYPE_CHECKING:
@@ -246,12 +245,8 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
     speculation = vllm_config.speculative_config
     if speculation is None:
         return
-    drafts = speculation.num_speculative_tokens
-    if not current_platform.is_cpu() and drafts >= MAX_DECODE_QUERY:
-        yield (
-            f"speculative decoding on a GPU with {drafts} drafts: its decode kernel, which CUDA graphs "
-            f"hold, takes {MAX_DECODE_QUERY - 1} at most: set num_speculative_tokens to that or fewer"
-        )
+    if not current_platform.is_cpu():
+        yield from _drafts_on_gpu(speculation.num_speculative_tokens)
     if vllm_config.scheduler_config.async_scheduling:
         yield (
             "speculative decoding with --async-scheduling: a step would be planned before it is known "
@@ -267,6 +262,18 @@ def _speculation(vllm_config: VllmConfig) -> Iterator[str]:
         f"speculative decoding by {method!r}: not tested yet; use one of "
         f"{', '.join((*DRAFTS_WITHOUT_CACHES, *DRAFTS_OF_LAYERS))} or remove --speculative-config"
     )
+
+
+def _drafts_on_gpu(drafts: int) -> Iterator[str]:
+    """Why so many drafts cannot be served on a GPU, if so."""
+    # Not at the top: `vllm-duo plan` asks this module, and does without torch.
+    from vllm_duo.ops.gpu import MAX_DECODE_QUERY
+
+    if drafts >= MAX_DECODE_QUERY:
+        yield (
+            f"speculative decoding on a GPU with {drafts} drafts: its decode kernel, which CUDA graphs "
+            f"hold, takes {MAX_DECODE_QUERY - 1} at most: set num_speculative_tokens to that or fewer"
+        )
 
 
 def draft_model_refusals(
