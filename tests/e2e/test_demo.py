@@ -32,7 +32,7 @@ def test_demo_finds_the_key_and_reads_the_bytes_from_the_engine():
     held = {name: int(size.replace(",", "")) for name, size in rows.items()}
     tokens = int(re.search(r"this request of (\d+) tokens", done.stdout).group(1))
     # A prompt of 1,950 tokens and what was generated until the engine was read.
-    assert 1900 <= tokens <= 1960 + 4000
+    assert 1900 <= tokens <= 1960 + 6000
     # Retrieval blocks of 128 tokens, 8 heads of 256 bytes a token; the 16 + 64 streaming slots of the
     # other 8 heads fit one such block.
     block = 8 * 128 * 256
