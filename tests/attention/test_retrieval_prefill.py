@@ -168,7 +168,9 @@ class TestFindFlashInfer:
 def test_learned_sinks_are_triton_s_alone():
     choice = make_choice("auto", has_sinks=True)
     assert (choice.name, choice.kernel) == ("triton", None)
-    assert choice.reason == "the model's learned sinks are left out by all others"
+    assert choice.reason == (
+        "FlashAttention cannot serve this: it would leave the model's learned sinks out"
+    )
     assert make_choice("triton", has_sinks=True).reason == "set by retrieval_prefill"
 
 

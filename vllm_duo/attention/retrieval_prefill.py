@@ -79,19 +79,13 @@ def choose(
     by_setting = "set by retrieval_prefill"
     if setting == "triton":
         return Choice("triton", by_setting)
-    if has_sinks:
-        if setting == "auto":
-            return Choice("triton", "the model's learned sinks are left out by all others")
-        raise NotImplementedError(
-            f'retrieval_prefill "{setting}": it would leave the model\'s learned sinks out: set '
-            '"triton" or "auto"'
-        )
+    problems = _dtype_problems(dtype) + _sinks_problems(has_sinks)
     try:
         if setting == "flashinfer":
-            problems = _dtype_problems(dtype) + _flashinfer_problems(head_size, block_size)
+            problems += _flashinfer_problems(head_size, block_size)
             make_wrapper, name = _found("FlashInfer", problems, find_flashinfer)
             return Choice(f"flashinfer {name}", by_setting, FlashInferPrefill(make_wrapper))
-        problems = _dtype_problems(dtype) + _flash_attn_problems(head_size, block_size)
+        problems += _flash_attn_problems(head_size, block_size)
         function, fa_version = _found(
             "FlashAttention", problems, lambda: find_flash_attn(head_size)
         )
@@ -126,6 +120,10 @@ def _dtype_problems(dtype: torch.dtype) -> list[str]:
     if dtype in (torch.float16, torch.bfloat16):
         return []
     return [f"it takes float16 and bfloat16, not {dtype}"]
+
+
+def _sinks_problems(has_sinks: bool) -> list[str]:
+    return ["it would leave the model's learned sinks out"] if has_sinks else []
 
 
 def _flash_attn_problems(head_size: int, block_size: int) -> list[str]:

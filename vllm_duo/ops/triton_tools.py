@@ -170,7 +170,7 @@ def fold_tokens(
     """Merge the chunk's own tokens at positions ``low`` to ``high - 1``.
 
     ``key_ptr`` and ``value_ptr`` point at the head in the chunk's first token. ``BUFFERS`` as in
-    ``fold_slots``; no load waits for another here.
+    ``fold_slots``, 0 where no load is to run ahead; none waits for another here.
     """
     n = tl.arange(0, BLOCK_N)
     for start in tl.range(low, high, BLOCK_N, num_stages=1 + BUFFERS):

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_duo.ops import gpu
 from vllm_duo.ops.batch import Batch, HeadMap, LayerCaches
-from vllm_duo.ops.triton_tools import add_sinks, fold, fold_slots, load_rows
+from vllm_duo.ops.triton_tools import add_sinks, fold_slots, fold_tokens
 
 
 @triton.jit
@@ -164,21 +164,31 @@ def _attend(
         BLOCK_D,
         BUFFERS,
     )
-    # The step's own tokens belong to the last split.
-    if split == count - 1:
-        n = tl.arange(0, BLOCK_C)
-        held = n < length
-        token = (begin + n).to(tl.int64)
-        k_at = key_ptr + token * stride_key_token + head * stride_key_head
-        v_at = value_ptr + token * stride_value_token + head * stride_value_head
-        k = load_rows(k_at, held, HEAD, BLOCK_D)
-        v = load_rows(v_at, held, HEAD, BLOCK_D)
-        position = context + n
-        seen = held[None, :] & (position[None, :] <= query_position[:, None])
-        if STREAMING:
-            reach = position[None, :] > query_position[:, None] - recent
-            seen = seen & ((position < sink)[None, :] | reach)
-        top, total, acc = fold(q, k, v, seen, top, total, acc, scale)
+    # The step's own tokens belong to the last split; one tile, so nothing is to run ahead.
+    low = tl.where(split == count - 1, context, context + length)
+    chunk = begin.to(tl.int64)
+    top, total, acc = fold_tokens(
+        q,
+        top,
+        total,
+        acc,
+        low,
+        context + length,
+        context,
+        query_position,
+        key_ptr + chunk * stride_key_token + head * stride_key_head,
+        stride_key_token,
+        value_ptr + chunk * stride_value_token + head * stride_value_head,
+        stride_value_token,
+        sink,
+        recent,
+        scale,
+        STREAMING,
+        HEAD,
+        BLOCK_C,
+        BLOCK_D,
+        0,
+    )
     if SINKS:
         if count == 1:
             total = add_sinks(total, top, sinks_ptr, query_head, used)
